@@ -1,0 +1,142 @@
+"""Preallocated key-value cache: written by slot, rolled back by an integer.
+
+Shapes: B sequences, R rows of a pass, S visible slots, G key-value heads, H query heads, E head size.
+"""
+
+from dataclasses import dataclass
+
+import torch
+from torch import Tensor
+
+from kangaroo.kernels import reference
+from kangaroo.model.config import ModelConfig
+from kangaroo.model.transformer import causal_mask
+
+
+class KVCache:
+    """Keys and values of every layer for a fixed number of sequences of bounded length.
+
+    The first lengths[b] slots of sequence b hold its committed tokens in order; a pass may write beyond them,
+    and what is not kept afterwards is overwritten by the next pass.
+    """
+
+    def __init__(self, config: ModelConfig, num_sequences: int, *, num_slots: int, dtype: torch.dtype,
+                 device: torch.device, num_layers: int | None = None) -> None:  # fmt: skip
+        """num_slots: tokens a sequence may hold; num_layers: the model's own unless told."""
+        self.config = config
+        self.num_slots = num_slots
+        self.lengths = [0] * num_sequences
+        shape = (num_sequences, config.num_kv_heads, num_slots, config.head_dim)
+        layers = range(config.num_layers if num_layers is None else num_layers)
+        self.keys = [torch.zeros(shape, dtype=dtype, device=device) for _ in layers]
+        self.values = [torch.zeros(shape, dtype=dtype, device=device) for _ in layers]
+
+    @property
+    def cache_bytes(self) -> int:
+        return sum(2 * keys.numel() * keys.element_size() for keys in self.keys)
+
+    def truncate(self, sequence: int, num_tokens: int) -> None:
+        """Forget everything of a sequence beyond its first num_tokens."""
+        assert 0 <= num_tokens <= self.num_slots, (num_tokens, self.num_slots)
+        self.lengths[sequence] = num_tokens
+
+    def keep(self, sequence: int, path: list[int]) -> None:
+        """Commit the rows path (root first) of the pass just written at slots lengths[sequence] onward.
+
+        A path along a chain moves nothing; a branch of a tree is compacted.
+        """
+        start = self.lengths[sequence]
+        if path != list(range(len(path))):
+            source = torch.tensor(path, device=self.keys[0].device) + start
+            for stored in (*self.keys, *self.values):
+                stored[sequence, :, start : start + len(path)] = stored[sequence, :, source]
+        self.truncate(sequence, start + len(path))
+
+
+@dataclass(frozen=True)
+class Segment:
+    """The rows of one sequence in a packed pass: they are written at consecutive slots from start.
+
+    parents gives each row's parent row, -1 for a row that follows slot start - 1; None stands for a chain.
+    """
+
+    sequence: int
+    start: int
+    num_rows: int
+    parents: tuple[int, ...] | None = None
+
+    def depths(self) -> list[int]:
+        """Distance of every row from the slot before start, minus one; a chain counts 0, 1, 2, ..."""
+        if self.parents is None:
+            return list(range(self.num_rows))
+        depths: list[int] = []
+        for parent in self.parents:
+            depths.append(0 if parent < 0 else depths[parent] + 1)
+        return depths
+
+    def visibility(self) -> Tensor:
+        """[R, R] bool: which rows of the segment each row descends from, itself included."""
+        if self.parents is None:
+            return torch.ones(self.num_rows, self.num_rows, dtype=torch.bool).tril()
+        sees = torch.eye(self.num_rows, dtype=torch.bool)
+        for row, parent in enumerate(self.parents):
+            if parent >= 0:
+                sees[row] |= sees[parent]
+        return sees
+
+
+class CachedPass:
+    """Attention of packed rows over a cache: writes each row's key and value, reads what the row may see."""
+
+    def __init__(self, cache: KVCache, segments: list[Segment]) -> None:
+        """Every segment must fit: start + num_rows <= cache.num_slots."""
+        self._cache = cache
+        self._segments = segments
+        device = cache.keys[0].device
+        own = [torch.tensor([segment.start + d for d in segment.depths()]) for segment in segments]
+        self.num_positions = max(segment.start + segment.num_rows for segment in segments)
+        self.positions = torch.cat(own).to(device)
+        windows = set(cache.config.windows)
+        self._masks = [
+            {window: _mask(segment, positions, window=window, device=device) for window in windows}
+            for segment, positions in zip(segments, own, strict=True)
+        ]
+
+    def attend(self, layer_id: int, query: Tensor, *, key: Tensor, value: Tensor) -> Tensor:
+        """Attend from query [R, H, E] with new key and value [R, G, E]; returns [R, H * E]."""
+        outputs, row = [], 0
+        for segment, masks in zip(self._segments, self._masks, strict=True):
+            rows = slice(row, row + segment.num_rows)
+            outputs.append(self._attend_segment(layer_id, segment, query=query[rows], key=key[rows],
+                                                value=value[rows], masks=masks))  # fmt: skip
+            row = rows.stop
+        return outputs[0] if len(outputs) == 1 else torch.cat(outputs)
+
+    def _attend_segment(self, layer_id: int, segment: Segment, *, query: Tensor, key: Tensor, value: Tensor,
+                        masks: dict[int | None, Tensor | None]) -> Tensor:  # fmt: skip
+        config = self._cache.config
+        stop = segment.start + segment.num_rows
+        keys = self._cache.keys[layer_id][segment.sequence]
+        values = self._cache.values[layer_id][segment.sequence]
+        keys[:, segment.start : stop] = key.transpose(0, 1)
+        values[:, segment.start : stop] = value.transpose(0, 1)
+        out = reference.attention(
+            query.transpose(0, 1)[None],
+            key=keys[None, :, :stop],
+            value=values[None, :, :stop],
+            mask=masks[config.windows[layer_id]],
+            scale=config.attention_scale,
+            softcap=config.attention_softcap,
+        )
+        return out[0].transpose(0, 1).flatten(-2)
+
+
+def _mask(segment: Segment, positions: Tensor, *, window: int | None, device: torch.device) -> Tensor | None:
+    """Additive mask [R, S] of a segment, or None where every row sees every slot."""
+    stop = segment.start + segment.num_rows
+    if segment.num_rows == 1 and (window is None or stop <= window):
+        return None
+    slot_positions = torch.cat([torch.arange(segment.start), positions])
+    mask = causal_mask(positions[:, None] - slot_positions, window=window)
+    mask[:, segment.start :].masked_fill_(~segment.visibility(), float("-inf"))
+    return mask.to(device)

@@ -1,0 +1,202 @@
+"""Safetensors checkpoints, from a local folder or the hub, into our parameters and back; never pickle."""
+
+import json
+from collections.abc import Mapping
+from pathlib import Path
+
+import torch
+from huggingface_hub import snapshot_download
+from huggingface_hub.errors import HfHubHTTPError, HFValidationError, LocalEntryNotFoundError, OfflineModeIsEnabled
+from safetensors import SafetensorError, safe_open
+from safetensors.torch import save_file
+from torch import Tensor
+
+from kangaroo.errors import CheckpointError
+from kangaroo.kernels import reference
+from kangaroo.model.config import ModelConfig
+from kangaroo.model.transformer import Layer, Transformer
+
+HUB_FILES = ["*.safetensors", "*.safetensors.index.json", "config.json", "generation_config.json",
+             "tokenizer*", "chat_template*", "special_tokens_map.json", "vocab*", "merges.txt"]  # fmt: skip
+DTYPES = {"float32": torch.float32, "bfloat16": torch.bfloat16, "float16": torch.float16}
+
+
+def resolve_folder(model: str) -> Path:
+    """The local folder of a checkpoint: the folder itself, or the hub's snapshot of a 'name/model' id.
+
+    Raises CheckpointError where neither exists. HF_HUB_OFFLINE keeps the hub library to its cache.
+    """
+    folder = Path(model).expanduser()
+    if folder.is_dir():
+        return folder
+    if model.count("/") != 1 or folder.is_absolute() or model.startswith("."):
+        raise CheckpointError(f"no such model folder: {model}; give a folder, a hub id like org/name, or 'demo'")
+    try:
+        return Path(snapshot_download(model, allow_patterns=HUB_FILES))
+    except (HfHubHTTPError, HFValidationError, LocalEntryNotFoundError, OfflineModeIsEnabled, OSError) as error:
+        reason = str(error).strip().splitlines()[0] if str(error).strip() else type(error).__name__
+        raise CheckpointError(f"no folder {model} here, and the hub has no usable copy: {reason}") from error
+
+
+def load_transformer(folder: Path, config: ModelConfig, *, dtype: torch.dtype, device: torch.device) -> Transformer:
+    """Load the model of a checkpoint folder, weights rounded to dtype, norms kept in float32.
+
+    Raises CheckpointError where files are missing or damaged, or names or shapes disagree with config.
+    """
+    shapes = expected_shapes(config)
+    return assemble(_read_tensors(folder, shapes), config, dtype=dtype, device=device)
+
+
+def save_checkpoint(model: Transformer, folder: Path, *, raw_config: Mapping[str, object], dtype: torch.dtype) -> None:
+    """Write model.safetensors and config.json in Hugging Face's layout, every weight rounded to dtype."""
+    folder.mkdir(parents=True, exist_ok=True)
+    tensors = {name: tensor.detach().to(dtype).cpu().contiguous() for name, tensor in disassemble(model).items()}
+    save_file(tensors, folder / "model.safetensors", metadata={"format": "pt"})
+    (folder / "config.json").write_text(json.dumps(dict(raw_config), indent=2) + "\n", encoding="utf-8")
+
+
+def expected_shapes(config: ModelConfig) -> dict[str, tuple[int, ...]]:
+    """Name and shape of every tensor a checkpoint of this configuration must hold."""
+    size, inner = config.hidden_size, config.intermediate_size
+    query, keyed = config.num_heads * config.head_dim, config.num_kv_heads * config.head_dim
+    shapes: dict[str, tuple[int, ...]] = {"model.embed_tokens.weight": (config.vocab_size, size)}
+    shapes["model.norm.weight"] = (size,)
+    if not config.tied_head:
+        shapes["lm_head.weight"] = (config.vocab_size, size)
+    linears = {
+        "self_attn.q_proj": (query, size),
+        "self_attn.k_proj": (keyed, size),
+        "self_attn.v_proj": (keyed, size),
+        "self_attn.o_proj": (size, query),
+        "mlp.gate_proj": (inner, size),
+        "mlp.up_proj": (inner, size),
+        "mlp.down_proj": (size, inner),
+    }
+    for layer_id in range(config.num_layers):
+        prefix = f"model.layers.{layer_id}."
+        for name, shape in linears.items():
+            shapes[f"{prefix}{name}.weight"] = shape
+            if _has_bias(config, name):
+                shapes[f"{prefix}{name}.bias"] = shape[:1]
+        for name, source in _norm_names(config).items():
+            length = config.head_dim if name in ("query_norm", "key_norm") else size
+            shapes[f"{prefix}{source}.weight"] = (length,)
+    return shapes
+
+
+def assemble(
+    tensors: Mapping[str, Tensor], config: ModelConfig, *, dtype: torch.dtype, device: torch.device
+) -> Transformer:
+    """A Transformer from tensors in a checkpoint's names (expected_shapes)."""
+
+    def weight(*names: str) -> Tensor:
+        parts = [tensors[f"{name}.weight"] for name in names]
+        return reference.prepare(torch.cat(parts).to(dtype).to(device))
+
+    def bias(*names: str) -> Tensor | None:
+        if not _has_bias(config, names[0].split(".", 3)[-1]):
+            return None
+        return reference.prepare(torch.cat([tensors[f"{name}.bias"] for name in names]).to(dtype).to(device))
+
+    def norm(name: str) -> Tensor:
+        return (tensors[f"{name}.weight"].float() + config.norm_offset).to(device)
+
+    layers = []
+    for layer_id in range(config.num_layers):
+        prefix = f"model.layers.{layer_id}."
+        stacked = {field: [prefix + name for name in names] for field, names in _STACKS.items()}
+        norms = {field: norm(prefix + name) for field, name in _norm_names(config).items()}
+        linears = {field: weight(*names) for field, names in stacked.items()}
+        biases = {f"{field}_bias": bias(*names) for field, names in stacked.items()}
+        layers.append(Layer(**norms, **linears, **biases))  # type: ignore[arg-type]
+    embedding = weight("model.embed_tokens")
+    head = embedding if config.tied_head else weight("lm_head")
+    return Transformer(config, layers, embedding=embedding, final_norm=norm("model.norm"), head=head)
+
+
+def disassemble(model: Transformer) -> dict[str, Tensor]:
+    """The model's tensors in a checkpoint's names: assemble() backwards."""
+    config = model.config
+    shapes = expected_shapes(config)
+    tensors = {"model.embed_tokens.weight": model.embedding, "model.norm.weight": model.final_norm - config.norm_offset}
+    if not config.tied_head:
+        tensors["lm_head.weight"] = model.head
+    for layer_id, layer in enumerate(model.layers):
+        prefix = f"model.layers.{layer_id}."
+        present = layer.tensors()
+        for field, names in _STACKS.items():
+            sizes = [shapes[f"{prefix}{name}.weight"][0] for name in names]
+            for kind, stacked in (("weight", present[field]), ("bias", present.get(f"{field}_bias"))):
+                if stacked is not None:
+                    parts = stacked.split(sizes)
+                    tensors |= {f"{prefix}{name}.{kind}": part for name, part in zip(names, parts, strict=True)}
+        for field, name in _norm_names(config).items():
+            tensors[f"{prefix}{name}.weight"] = present[field] - config.norm_offset
+    return tensors
+
+
+_STACKS = {
+    "qkv": ("self_attn.q_proj", "self_attn.k_proj", "self_attn.v_proj"),
+    "output": ("self_attn.o_proj",),
+    "gate_up": ("mlp.gate_proj", "mlp.up_proj"),
+    "down": ("mlp.down_proj",),
+}
+
+
+def _has_bias(config: ModelConfig, name: str) -> bool:
+    if name.startswith("mlp."):
+        return config.mlp_bias
+    return config.output_bias if name.endswith("o_proj") else config.qkv_bias
+
+
+def _norm_names(config: ModelConfig) -> dict[str, str]:
+    """Our norm fields and the checkpoint's names for them; Gemma 2 has norms after as well as before."""
+    names = {"input_norm": "input_layernorm"}
+    if config.post_norms:
+        names |= {"post_attention_norm": "post_attention_layernorm", "mlp_norm": "pre_feedforward_layernorm",
+                  "post_mlp_norm": "post_feedforward_layernorm"}  # fmt: skip
+    else:
+        names["mlp_norm"] = "post_attention_layernorm"
+    if config.qk_norm:
+        names |= {"query_norm": "self_attn.q_norm", "key_norm": "self_attn.k_norm"}
+    return names
+
+
+def _read_tensors(folder: Path, shapes: Mapping[str, tuple[int, ...]]) -> dict[str, Tensor]:
+    """Read the named tensors, checking that each is there with the right shape."""
+    tensors: dict[str, Tensor] = {}
+    for path in _weight_files(folder):
+        try:
+            with safe_open(path, framework="pt") as file:
+                for name in file.keys():
+                    # A tied checkpoint may still store its head; buffers of old checkpoints are recomputed.
+                    if name in shapes:
+                        tensors[name] = file.get_tensor(name)
+        except (SafetensorError, OSError) as error:
+            raise CheckpointError(f"{path} is damaged or no safetensors file: {error}; fetch it again") from error
+    missing = sorted(set(shapes) - set(tensors))
+    if missing:
+        raise CheckpointError(f"{folder} lacks {len(missing)} of {len(shapes)} weights, first {missing[0]}")
+    for name, shape in shapes.items():
+        if tuple(tensors[name].shape) != shape:
+            got = tuple(tensors[name].shape)
+            raise CheckpointError(f"{folder}: {name} must have shape {shape} by config.json, got {got}")
+    return tensors
+
+
+def _weight_files(folder: Path) -> list[Path]:
+    index = folder / "model.safetensors.index.json"
+    if index.exists():
+        try:
+            names = sorted(set(json.loads(index.read_text(encoding="utf-8"))["weight_map"].values()))
+        except (ValueError, KeyError, AttributeError, TypeError) as error:
+            raise CheckpointError(f"{index} is no safetensors index: {error}") from error
+        if any(Path(name).name != name for name in names):
+            raise CheckpointError(f"{index} names files outside its folder")
+        return [folder / name for name in names]
+    single = folder / "model.safetensors"
+    if single.exists():
+        return [single]
+    others = sorted(path.name for path in folder.glob("*.bin"))
+    hint = f"; {others[0]} is a pickle, which is never loaded: convert it to safetensors" if others else ""
+    raise CheckpointError(f"{folder} has no model.safetensors{hint}")
