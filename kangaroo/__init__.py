@@ -1,0 +1,31 @@
+"""Kangaroo: lossless self-speculative decoding. The text is the target's own, only sooner."""
+
+from typing import TYPE_CHECKING, Any
+
+if TYPE_CHECKING:
+    from kangaroo.drafters.kangaroo import KangarooSettings
+    from kangaroo.errors import KangarooError
+    from kangaroo.llm import LLM
+    from kangaroo.types import Completion, SamplingParams, Token
+
+__version__ = "0.1.0"
+
+__all__ = ["LLM", "Completion", "KangarooError", "KangarooSettings", "SamplingParams", "Token"]
+
+_HOMES = {
+    "LLM": "kangaroo.llm",
+    "Completion": "kangaroo.types",
+    "KangarooError": "kangaroo.errors",
+    "KangarooSettings": "kangaroo.drafters.kangaroo",
+    "SamplingParams": "kangaroo.types",
+    "Token": "kangaroo.types",
+}
+
+
+def __getattr__(name: str) -> Any:
+    """Import a public name on first use, so that `kangaroo --help` does not wait for PyTorch."""
+    if name not in _HOMES:
+        raise AttributeError(f"module 'kangaroo' has no attribute {name!r}")
+    from importlib import import_module
+
+    return getattr(import_module(_HOMES[name]), name)

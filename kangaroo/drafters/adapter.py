@@ -1,0 +1,178 @@
+"""The Kangaroo adapter: the small trained part that turns shallow hidden states into draft predictions.
+
+Norm, one multi-head attention, residual, norm; the head is the target's (Kangaroo, section 3.2).
+Shapes: D hidden size, H query heads, E head size; leading dimensions ... as in model/transformer.py.
+"""
+
+import hashlib
+import json
+from dataclasses import replace
+from pathlib import Path
+
+import torch
+from pydantic import BaseModel, ConfigDict, ValidationError
+from safetensors import SafetensorError, safe_open
+from safetensors.torch import save_file
+from torch import Tensor
+
+from kangaroo.errors import AdapterError
+from kangaroo.kernels import reference
+from kangaroo.model.config import ModelConfig
+from kangaroo.model.transformer import AttentionPass, Rotary, Transformer
+
+CONFIG_FILE = "config.json"
+WEIGHTS_FILE = "adapter.safetensors"
+
+
+class AdapterConfig(BaseModel):
+    """What an adapter was trained for; gamma and eta are the settings its training report recommends."""
+
+    model_config = ConfigDict(extra="forbid")
+
+    kind: str = "attention"
+    exit_layer: int
+    hidden_size: int
+    num_heads: int
+    head_dim: int
+    vocab_size: int
+    target_fingerprint: str
+    gamma: int | None = None
+    eta: float | None = None
+
+
+class Adapter:
+    """Adapter weights bound to their target's shapes and rotary settings."""
+
+    def __init__(self, config: AdapterConfig, model_config: ModelConfig, *, tensors: dict[str, Tensor]) -> None:
+        """tensors: input_norm [D], qkv [3 * H * E, D], output [D, H * E], final_norm [D]."""
+        self.config = config
+        self.model_config = attention_config(model_config)
+        self.tensors = tensors
+        device = tensors["input_norm"].device
+        self.rotary = Rotary(model_config.rope, model_config.head_dim, device=device)
+
+    @classmethod
+    def initialize(cls, target: Transformer, exit_layer: int, *, seed: int = 0, from_target: bool = True) -> "Adapter":
+        """A new adapter for target at exit_layer; from_target starts the norms at the target's own.
+
+        Raises AdapterError where exit_layer is outside 1..L-1.
+        """
+        check_exit_layer(exit_layer, target.num_layers)
+        model = attention_config(target.config)
+        size, inner = model.hidden_size, model.num_heads * model.head_dim
+        generator = torch.Generator().manual_seed(seed)
+        ones = torch.ones(size)
+        norms = (target.layers[exit_layer].input_norm, target.final_norm) if from_target else (ones, ones)
+        tensors = {
+            "input_norm": norms[0].detach().float().clone(),
+            "qkv": torch.randn(3 * inner, size, generator=generator) * size**-0.5,
+            # The residual path starts as the plain shallow state; attention grows from zero.
+            "output": torch.zeros(size, inner),
+            "final_norm": norms[1].detach().float().clone(),
+        }
+        config = AdapterConfig(
+            exit_layer=exit_layer,
+            hidden_size=size,
+            num_heads=model.num_heads,
+            head_dim=model.head_dim,
+            vocab_size=model.vocab_size,
+            target_fingerprint=fingerprint(target),
+        )
+        return cls(config, target.config, tensors={name: t.to(target.device) for name, t in tensors.items()})
+
+    @classmethod
+    def load(cls, folder: Path, target: Transformer) -> "Adapter":
+        """Read config.json and adapter.safetensors and check them against target.
+
+        Raises AdapterError where files are missing or damaged, or the adapter belongs to another model.
+        """
+        config = read_config(folder)
+        check_exit_layer(config.exit_layer, target.num_layers)
+        model = attention_config(target.config)
+        expected = {"hidden_size": model.hidden_size, "vocab_size": model.vocab_size,
+                    "num_heads": model.num_heads, "head_dim": model.head_dim}  # fmt: skip
+        for name, value in expected.items():
+            if getattr(config, name) != value:
+                raise AdapterError(f"{folder} is for another model: its {name} is {getattr(config, name)}, "
+                                   f"the target's {value}; train one for this target")  # fmt: skip
+        if config.target_fingerprint != fingerprint(target):
+            raise AdapterError(f"{folder} is for another model of the same shape; train one for this target")
+        dtype = target.embedding.dtype
+        tensors = {
+            name: tensor.to(target.device, torch.float32 if "norm" in name else dtype)
+            for name, tensor in _read_tensors(folder, model).items()
+        }
+        return cls(config, target.config, tensors=tensors)
+
+    def save(self, folder: Path, *, dtype: torch.dtype = torch.float32) -> None:
+        """Write config.json and adapter.safetensors, weights in dtype, into an existing folder."""
+        tensors = {name: tensor.detach().to(dtype).cpu().contiguous() for name, tensor in self.tensors.items()}
+        save_file(tensors, folder / WEIGHTS_FILE)
+        text = json.dumps(self.config.model_dump(), indent=2) + "\n"
+        (folder / CONFIG_FILE).write_text(text, encoding="utf-8")
+
+    def forward(self, hidden: Tensor, *, attention: AttentionPass) -> Tensor:
+        """Normed states [..., D] for the target's head, from states [..., D] entering the exit layer."""
+        model, tensors = self.model_config, self.tensors
+        cosine, sine = self.rotary.at(attention.positions, attention.num_positions)
+        normed = reference.rms_norm(hidden, tensors["input_norm"], eps=model.norm_eps)
+        heads = reference.linear(normed, tensors["qkv"]).unflatten(-1, (-1, model.head_dim))
+        rotated = reference.rotate(heads[..., : 2 * model.num_heads, :], cosine=cosine, sine=sine)
+        query, key = rotated.chunk(2, dim=-2)
+        attended = attention.attend(0, query, key=key, value=heads[..., 2 * model.num_heads :, :])
+        hidden = hidden + reference.linear(attended, tensors["output"])
+        return reference.rms_norm(hidden, tensors["final_norm"], eps=model.norm_eps)
+
+
+def attention_config(config: ModelConfig) -> ModelConfig:
+    """The one-layer, full-attention, multi-head shape an adapter for this model has."""
+    return replace(
+        config,
+        num_layers=1,
+        num_kv_heads=config.num_heads,
+        windows=(None,),
+        attention_scale=config.head_dim**-0.5,
+        attention_softcap=None,
+    )
+
+
+def fingerprint(target: Transformer) -> str:
+    """Short hash of the target's final norm, which stays float32 and so the same in every weight dtype."""
+    content = target.final_norm.detach().float().cpu().numpy().tobytes()
+    return hashlib.sha256(content).hexdigest()[:16]
+
+
+def check_exit_layer(exit_layer: int, num_layers: int) -> None:
+    """Raise AdapterError unless exit_layer is in 1..num_layers - 1."""
+    if not 1 <= exit_layer < num_layers:
+        raise AdapterError(f"exit_layer must be in 1..{num_layers - 1}, got {exit_layer}")
+
+
+def read_config(folder: Path) -> AdapterConfig:
+    """The adapter's config.json; raises AdapterError where it is missing or malformed."""
+    path = folder / CONFIG_FILE
+    try:
+        return AdapterConfig.model_validate_json(path.read_text(encoding="utf-8"))
+    except OSError as error:
+        raise AdapterError(f"{folder} holds no adapter: no readable {CONFIG_FILE}") from error
+    except ValidationError as error:
+        first = error.errors()[0]
+        where = ".".join(str(part) for part in first["loc"]) or "content"
+        raise AdapterError(f"{path} is no adapter config: {where}: {first['msg']}") from error
+
+
+def _read_tensors(folder: Path, model: ModelConfig) -> dict[str, Tensor]:
+    path = folder / WEIGHTS_FILE
+    size, inner = model.hidden_size, model.num_heads * model.head_dim
+    shapes = {"input_norm": (size,), "qkv": (3 * inner, size), "output": (size, inner), "final_norm": (size,)}
+    try:
+        with safe_open(path, framework="pt") as file:
+            tensors = {name: file.get_tensor(name) for name in file.keys()}
+    except FileNotFoundError as error:
+        raise AdapterError(f"{folder} holds no {WEIGHTS_FILE}") from error
+    except (SafetensorError, OSError) as error:
+        raise AdapterError(f"{path} is damaged: {error}; copy or train it again") from error
+    found = {name: tuple(tensor.shape) for name, tensor in tensors.items()}
+    if found != shapes:
+        raise AdapterError(f"{path} must hold {shapes}, got {found}")
+    return tensors

@@ -1,0 +1,78 @@
+"""The loop of every method: draft, verify in one pass, choose, walk, keep.
+
+Shapes: B sequences, N draft nodes (padded), R packed nodes of all sequences, D hidden size, V vocabulary.
+"""
+
+import torch
+from torch import Tensor
+
+from kangaroo.drafters.base import Batch, Drafter
+from kangaroo.model.cache import CachedPass
+from kangaroo.sampling import choose
+from kangaroo.types import Draft, Outcome
+from kangaroo.verify import walk
+
+PREFILL_ROWS = 512
+
+
+def prefill(batch: Batch, drafter: Drafter) -> Outcome:
+    """Run the prompts through the target, commit them, and pick the first new token of each.
+
+    Prompts are run in blocks of PREFILL_ROWS, so that attention masks stay small whatever their length.
+    """
+    target, cache = batch.target, batch.cache
+    picked, tapped = [], []
+    for row, sequence in enumerate(batch.sequences):
+        blocks: list[dict[int, Tensor]] = []
+        for tokens in torch.tensor(sequence.tokens, device=target.device).split(PREFILL_ROWS):
+            attention = CachedPass(cache, [batch.segment(row, num_rows=len(tokens))])
+            span = (0, target.num_layers)
+            hidden, taps = target.forward(target.embed(tokens), span, attention=attention, taps=drafter.taps)
+            blocks.append(taps)
+            cache.keep(sequence.slot, list(range(len(tokens))))
+        last = choose(target.logits(hidden[-1:]), attention.positions[-1:], params=[sequence.request.params], num_rows=[1])
+        picked.append((int(last),))
+        tapped.append({layer: torch.cat([block[layer] for block in blocks]) for layer in drafter.taps})
+    paths = tuple(tuple(range(len(sequence.tokens))) for sequence in batch.sequences)
+    outcome = Outcome(paths=paths, tokens=tuple(picked), taps=tuple(tapped))
+    drafter.accept(batch.sequences, outcome)
+    return outcome
+
+
+def decode_step(batch: Batch, drafter: Drafter) -> tuple[Draft, Outcome]:
+    """Draft for every sequence, verify all nodes in one pass, and commit the accepted branches."""
+    target = batch.target
+    draft = drafter.draft(batch)
+    packed = torch.cat([row[:count] for row, count in zip(draft.tokens, draft.num_nodes, strict=True)])
+    segments = [
+        batch.segment(row, num_rows=count, parents=parents[:count])
+        for row, (count, parents) in enumerate(zip(draft.num_nodes, draft.parents.tolist(), strict=True))
+    ]
+    attention = CachedPass(batch.cache, segments)
+    entering = target.embed(packed) if draft.hidden is None else draft.hidden
+    span = (draft.resume_layer, target.num_layers)
+    hidden, taps = target.forward(entering, span, attention=attention, taps=drafter.taps)
+    params = [sequence.request.params for sequence in batch.sequences]
+    choices = choose(target.logits(hidden), attention.positions, params=params, num_rows=draft.num_nodes)
+    padded = torch.nn.utils.rnn.pad_sequence(list(choices.split(draft.num_nodes)), batch_first=True, padding_value=-1)
+    outcome = _commit(batch, draft, paths=walk(draft, padded), choices=padded, taps=taps)
+    drafter.accept(batch.sequences, outcome)
+    return draft, outcome
+
+
+def _commit(
+    batch: Batch, draft: Draft, *, paths: Tensor, choices: Tensor, taps: dict[int, Tensor]
+) -> Outcome:
+    """Keep the accepted branch of every sequence in the cache and gather what it emits and what was tapped."""
+    kept, emitted, tapped, first_row = [], [], [], 0
+    rows = zip(batch.sequences, paths.tolist(), choices.tolist(), draft.num_nodes, strict=True)
+    for sequence, padded, picks, num_nodes in rows:
+        path = [node for node in padded if node >= 0]
+        batch.cache.keep(sequence.slot, path)
+        # Every accepted node's token is its parent's pick, and the last pick is the bonus token.
+        emitted.append(tuple(picks[node] for node in path))
+        index = torch.tensor(path, device=batch.target.device) + first_row
+        tapped.append({layer: states[index] for layer, states in taps.items()})
+        kept.append(tuple(path))
+        first_row += num_nodes
+    return Outcome(paths=tuple(kept), tokens=tuple(emitted), taps=tuple(tapped))
