@@ -1,0 +1,47 @@
+# make demo    everything from a fresh clone to a side-by-side run of the bundled model
+# make test    lint, types and tests
+#
+# PYTHON       the interpreter that builds .venv (3.11 or newer)
+# PIP_FLAGS    further options of every pip call, such as the index that holds your build of torch
+
+PYTHON ?= python3
+PIP_FLAGS ?=
+
+BIN := .venv/bin
+PIP := $(BIN)/python -m pip --disable-pip-version-check
+
+.PHONY: venv demo check test clean
+
+venv: .venv/.installed
+
+# The report of a dry run shows a CUDA build of torch before gigabytes of it arrive; torch that is already in
+# .venv is left alone.
+.venv/.installed: pyproject.toml constraints.txt
+	$(PYTHON) -c 'import sys; sys.exit(sys.version_info < (3, 11) and "Python 3.11 or newer is needed: set PYTHON=...")'
+	$(PYTHON) -m venv .venv
+	$(PIP) install $(PIP_FLAGS) --quiet --upgrade "pip>=24"
+	@plan=$$($(PIP) install $(PIP_FLAGS) --quiet --dry-run --no-deps --only-binary torch --report - \
+		-c constraints.txt torch) || exit 1; \
+	case "$$(uname -s) $$plan" in Linux*'"nvidia-'*) \
+		echo 'pip would fetch a CUDA build of torch, gigabytes of it. For the CPU build, take the index that'; \
+		echo 'the install page of pytorch.org gives: make $(MAKECMDGOALS) PIP_FLAGS="--extra-index-url ..."'; \
+		echo 'For a GPU, install torch into .venv yourself, then make again.'; \
+		exit 1;; \
+	esac >&2
+	$(PIP) install $(PIP_FLAGS) --quiet -c constraints.txt -e ".[test]"
+	@touch $@
+
+demo: venv
+	$(BIN)/kangaroo demo
+
+check: venv
+	$(BIN)/ruff check .
+	$(BIN)/ruff format --check .
+	$(BIN)/mypy
+
+test: check
+	$(BIN)/python -m pytest
+
+clean:
+	rm -rf .venv dist *.egg-info .pytest_cache .mypy_cache .ruff_cache .hypothesis
+	find kangaroo tests recipes -name __pycache__ -type d -prune -exec rm -rf {} +
