@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import json
-from collections.abc import Iterator, Sequence
+from collections.abc import Generator, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 
@@ -60,8 +60,9 @@ class LLM:
 
     def __init__(self, model: LoadedModel, drafter: Drafter, *, max_context: int | None = None) -> None:
         """max_context: tokens a text may hold, if fewer than the model's context length."""
-        if max_context is not None and max_context < 2:
-            raise SettingsError(f"max_context must be at least 2, got {max_context}")
+        context_length = model.target.config.context_length
+        if max_context is not None and not 2 <= max_context <= context_length:
+            raise SettingsError(f"max_context must be in 2..{context_length} (the model's context), got {max_context}")
         self.model = model
         self.drafter = drafter
         self.engine = Engine(model.target, drafter, max_context=max_context)
@@ -94,18 +95,24 @@ class LLM:
             self.engine.end(decoding)
         return self.completion(decoding)
 
-    def stream(self, prompt: str | Sequence[int], params: SamplingParams | None = None) -> Iterator[Token]:
+    def stream(
+        self, prompt: str | Sequence[int], params: SamplingParams | None = None
+    ) -> Generator[Token, None, Completion]:
         """Continue a prompt token by token; the generator's return value is the Completion."""
         decoding = self._begin(prompt, params)
         decode = self.model.tokenizer.stream_decoder()
-        num_yielded = 0
+        num_yielded = num_chars = 0
         try:
             while True:
                 sequence = decoding.sequence
                 fresh = decoding.new_tokens[num_yielded:]
                 for token_id, origin in zip(fresh, sequence.origins[num_yielded:], strict=True):
-                    yield Token(token_id, decode(token_id), origin)
-                num_yielded += len(fresh)
+                    text = decode(token_id)
+                    num_yielded, num_chars = num_yielded + 1, num_chars + len(text)
+                    if sequence.finish_reason is not None and num_yielded == sequence.num_new_tokens:
+                        # A character the text ends in the middle of is not held back any longer.
+                        text += self.model.tokenizer.decode(decoding.new_tokens)[num_chars:]
+                    yield Token(token_id, text, origin)
                 if sequence.finish_reason is not None:
                     return self.completion(decoding)
                 self.engine.step(decoding)
@@ -183,7 +190,10 @@ def _eos_ids(folder: Path) -> frozenset[int]:
             content = json.loads(path.read_text(encoding="utf-8")) if path.exists() else {}
         except (OSError, ValueError) as error:
             raise CheckpointError(f"{path} is not readable JSON: {error}") from error
-        ids = content.get("eos_token_id")
+        ids = content.get("eos_token_id") if isinstance(content, dict) else None
         if ids is not None:
-            return frozenset([ids] if isinstance(ids, int) else ids)
+            listed = ids if isinstance(ids, list) else [ids]
+            if not all(isinstance(one, int) for one in listed):
+                raise CheckpointError(f"{path}: eos_token_id must be one id or a list of ids, got {ids!r:.60}")
+            return frozenset(listed)
     return frozenset()

@@ -108,6 +108,8 @@ class Adapter:
         """Write config.json and adapter.safetensors, weights in dtype, into an existing folder."""
         tensors = {name: tensor.detach().to(dtype).cpu().contiguous() for name, tensor in self.tensors.items()}
         save_file(tensors, folder / WEIGHTS_FILE)
+        # safetensors writes for the owner alone; a model folder is shared like its config.
+        (folder / WEIGHTS_FILE).chmod(0o644)
         text = json.dumps(self.config.model_dump(), indent=2) + "\n"
         (folder / CONFIG_FILE).write_text(text, encoding="utf-8")
 
@@ -144,6 +146,8 @@ def fingerprint(target: Transformer) -> str:
 
 def check_exit_layer(exit_layer: int, num_layers: int) -> None:
     """Raise AdapterError unless exit_layer is in 1..num_layers - 1."""
+    if num_layers < 2:
+        raise AdapterError("a model of one layer has no layer to exit from; use plain decoding")
     if not 1 <= exit_layer < num_layers:
         raise AdapterError(f"exit_layer must be in 1..{num_layers - 1}, got {exit_layer}")
 
@@ -152,7 +156,7 @@ def read_config(folder: Path) -> AdapterConfig:
     """The adapter's config.json; raises AdapterError where it is missing or malformed."""
     path = folder / CONFIG_FILE
     try:
-        return AdapterConfig.model_validate_json(path.read_text(encoding="utf-8"))
+        return AdapterConfig.model_validate_json(path.read_bytes())
     except OSError as error:
         raise AdapterError(f"{folder} holds no adapter: no readable {CONFIG_FILE}") from error
     except ValidationError as error:

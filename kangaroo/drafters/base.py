@@ -74,8 +74,8 @@ class Drafter(Protocol):
 
 
 def chain_draft(root: torch.Tensor, guesses: SequenceOf[torch.Tensor]) -> Draft:
-    """A draft without branches for one sequence: root [1], then one guess [1] per level."""
+    """A draft without branches, equally long for every sequence: roots [B], then guesses [B] per level."""
     num_nodes = 1 + len(guesses)
-    depths = torch.arange(num_nodes)[None]
+    depths = torch.arange(num_nodes).repeat(len(root), 1)
     tokens = torch.stack([root, *guesses], dim=1)
-    return Draft(tokens=tokens, parents=depths - 1, depths=depths, num_nodes=(num_nodes,))
+    return Draft(tokens=tokens, parents=depths - 1, depths=depths, num_nodes=(num_nodes,) * len(root))

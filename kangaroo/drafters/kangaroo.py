@@ -12,10 +12,9 @@ from dataclasses import dataclass, replace
 import torch
 from torch import Tensor
 
-from kangaroo.drafters.adapter import Adapter
+from kangaroo.drafters.adapter import Adapter, check_exit_layer
 from kangaroo.drafters.base import Batch, Sequence, chain_draft
 from kangaroo.drafters.stopping import ConfidenceThreshold, FixedLength, StoppingPolicy
-from kangaroo.errors import AdapterError
 from kangaroo.model.cache import CachedPass, KVCache, Segment
 from kangaroo.model.transformer import Transformer
 from kangaroo.sampling import choose
@@ -68,9 +67,8 @@ class KangarooDrafter:
     def __init__(self, target: Transformer, adapter: Adapter, *, stopping: StoppingPolicy) -> None:
         """Raises AdapterError where the adapter's exit layer is not in 1..L-1 of target."""
         self.exit_layer = adapter.config.exit_layer
-        if not 1 <= self.exit_layer < target.num_layers:
-            raise AdapterError(f"exit_layer must be in 1..{target.num_layers - 1}, got {self.exit_layer}")
-        self.taps = (self.exit_layer,)
+        check_exit_layer(self.exit_layer, target.num_layers)
+        self.taps: tuple[int, ...] = (self.exit_layer,)
         self._target = target
         self._adapter = adapter
         self._stopping = stopping
@@ -98,7 +96,9 @@ class KangarooDrafter:
         memory = self._memory[sequence]
         root = torch.tensor([sequence.tokens[-1]], device=self._target.device)
         gamma = min(self._stopping.max_length, sequence.max_draft)
-        guesses, confidences, states = [], [], [self._run_shallow(batch, root, offset=0)]
+        guesses: list[Tensor] = []
+        confidences: list[Tensor] = []
+        states = [self._run_shallow(batch, root, offset=0)]
         fresh = torch.cat([*memory.pending, states[0]])
         while len(guesses) < gamma:
             logits, positions = self._predict(fresh)

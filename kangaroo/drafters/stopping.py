@@ -17,8 +17,11 @@ class StoppingPolicy(Protocol):
     max_length is the maximum draft length gamma; a policy that ignores confidence never makes the host wait.
     """
 
-    max_length: int
-    reads_confidence: bool
+    @property
+    def max_length(self) -> int: ...
+
+    @property
+    def reads_confidence(self) -> bool: ...
 
     def stops(self, confidence: Tensor) -> list[bool]:
         """Whether drafting ends behind a token of this confidence [B], the raw top-1 probability."""

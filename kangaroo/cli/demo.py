@@ -1,0 +1,185 @@
+"""`kangaroo demo`: one prompt, decoded plainly and then with Kangaroo."""
+
+from __future__ import annotations
+
+import json
+import math
+from dataclasses import dataclass
+from typing import TYPE_CHECKING, Annotated
+
+import typer
+
+from kangaroo.cli.shared import Dtype, DtypeOption, JsonOption, ModelOption, follow, number
+from kangaroo.errors import PromptError
+from kangaroo.types import SamplingParams
+
+if TYPE_CHECKING:
+    from rich.console import Console
+    from rich.table import Table
+
+    from kangaroo.llm import LLM
+    from kangaroo.model.transformer import Transformer
+    from kangaroo.types import Completion, Token
+
+demo_app = typer.Typer()
+
+PROMPT = '''def fibonacci(n):
+    """Return the first n Fibonacci numbers as a list."""
+'''
+# NO_COLOR takes the colours away but leaves bold, which still tells the two apart.
+STYLES = {"draft": "green", "bonus": "bold yellow"}
+WARM_UP_TOKENS = 16
+
+
+@dataclass(frozen=True)
+class Divergence:
+    """Where two texts part: the new token's index, and how far apart the target's two best logits are there."""
+
+    position: int
+    margin: float
+    near_tie: bool
+
+
+@dataclass(frozen=True)
+class Comparison:
+    """One prompt decoded by both drafters."""
+
+    plain: Completion
+    kangaroo: Completion
+    divergence: Divergence | None
+
+    @property
+    def identical(self) -> bool:
+        return self.plain.token_ids == self.kangaroo.token_ids
+
+    @property
+    def speedup(self) -> float | None:
+        """Tokens per second with Kangaroo over plain; None where one was too short to time."""
+        slow, fast = self.plain.tokens_per_s, self.kangaroo.tokens_per_s
+        return fast / slow if slow and fast else None
+
+    def to_dict(self) -> dict[str, object]:
+        """The fields of --json."""
+        return {
+            "plain": self.plain.to_dict(),
+            "kangaroo": self.kangaroo.to_dict(),
+            "speedup": self.speedup,
+            "identical": self.identical,
+            "divergence": None if self.divergence is None else vars(self.divergence),
+        }
+
+
+@demo_app.command()
+def demo(
+    prompt: Annotated[str, typer.Option(help="The text to continue.", show_default="a Python function")] = PROMPT,
+    max_new_tokens: Annotated[int, typer.Option(help="Most tokens to generate.")] = 128,
+    model: Annotated[str, ModelOption] = "demo",
+    adapter: Annotated[
+        str | None, typer.Option(help="Adapter folder.", show_default="the folder 'adapter' of the model")
+    ] = None,
+    dtype: Annotated[Dtype, DtypeOption] = "float32",
+    json_output: Annotated[bool, JsonOption] = False,
+) -> None:
+    """Decode one prompt greedily, plainly and then with Kangaroo, and compare speed and text.
+
+    Colours tell accepted drafts from the target's own picks. Exit status 1 if the two texts differ.
+    """
+    from rich.console import Console
+
+    if not prompt:
+        raise PromptError("the prompt is empty; give at least one character")
+    params = SamplingParams(max_new_tokens)
+    plain, kangaroo = _load(model, adapter=adapter, dtype=dtype)
+    console = Console(quiet=json_output, highlight=False, markup=False)
+    for llm in (plain, kangaroo):
+        llm.generate(prompt, SamplingParams(min(WARM_UP_TOKENS, max_new_tokens)))
+    slow = _show(console, plain, prompt=prompt, params=params, title="plain decoding")
+    fast = _show(console, kangaroo, prompt=prompt, params=params, title="Kangaroo")
+    result = Comparison(slow, fast, divergence=_divergence(plain, prompt, texts=(slow, fast)))
+    if json_output:
+        print(json.dumps(result.to_dict()), flush=True)
+    else:
+        _print_result(console, result)
+    if not result.identical:
+        raise typer.Exit(1)
+
+
+def _load(model: str, *, adapter: str | None, dtype: str) -> tuple[LLM, LLM]:
+    """The same loaded model behind both drafters."""
+    from kangaroo.drafters.kangaroo import KangarooSettings
+    from kangaroo.llm import LLM, build_drafter, load_model
+
+    loaded = load_model(model, dtype=dtype)
+    drafters = build_drafter(loaded, "plain"), build_drafter(loaded, KangarooSettings(adapter=adapter))
+    return LLM(loaded, drafters[0]), LLM(loaded, drafters[1])
+
+
+def _show(console: Console, llm: LLM, *, prompt: str, params: SamplingParams, title: str) -> Completion:
+    """Stream one text under its title."""
+
+    def show(token: Token) -> None:
+        console.out(token.text, end="", style=STYLES[token.origin], highlight=False)
+
+    console.print(title, style="bold underline")
+    console.out(prompt, end="", style="dim", highlight=False)
+    completion = follow(llm.stream(prompt, params), show)
+    console.print("\n")
+    return completion
+
+
+def _divergence(llm: LLM, prompt: str, *, texts: tuple[Completion, Completion]) -> Divergence | None:
+    """The first token on which two texts of a prompt differ, or None where there is none."""
+    first, second = (text.token_ids for text in texts)
+    if first == second:
+        return None
+    pairs = enumerate(zip(first, second, strict=False))
+    position = next((index for index, (one, other) in pairs if one != other), min(len(first), len(second)))
+    shared = [*llm.model.tokenizer.encode(prompt), *first[:position]]
+    margin, bound = _top_margin(llm.model.target, shared)
+    return Divergence(position, margin, near_tie=margin < bound)
+
+
+def _top_margin(target: Transformer, token_ids: list[int]) -> tuple[float, float]:
+    """Distance of the two best logits after token_ids, and the bound below which that is a near-tie.
+
+    The bound is 8 float32 ulps of the larger logit times sqrt(D), D the hidden size.
+    """
+    import torch
+
+    from kangaroo.model.transformer import FullSequencePass
+
+    with torch.inference_mode():
+        tokens = torch.tensor([token_ids], device=target.device)
+        attention = FullSequencePass(target.config, len(token_ids), device=target.device)
+        hidden, _ = target.forward(target.embed(tokens), (0, target.num_layers), attention=attention)
+        top = target.logits(hidden[0, -1]).topk(2).values
+    larger = top.abs().max()
+    ulp = float(torch.nextafter(larger, torch.full_like(larger, math.inf)) - larger)
+    return float(top[0] - top[1]), 8 * ulp * math.sqrt(target.config.hidden_size)
+
+
+def _print_result(console: Console, result: Comparison) -> None:
+    if console.is_terminal:
+        console.print("accepted draft", style=STYLES["draft"], end="  ")
+        console.print("bonus: the target's own pick", style=STYLES["bonus"])
+    console.print(_table(result))
+    console.print(f"speedup: {number(result.speedup, '{:.2f}x')}")
+    console.print(f"identical texts: {'yes' if result.identical else 'no'}")
+    if (found := result.divergence) is not None:
+        kind = "a near-tie in floating point" if found.near_tie else "more than rounding explains"
+        console.print(f"the texts differ from new token {found.position} (counted from 0), where the target's two best "
+                      f"logits are {found.margin:.3g} apart: {kind}", soft_wrap=True)  # fmt: skip
+
+
+def _table(result: Comparison) -> Table:
+    from rich.table import Table
+
+    table = Table("", "plain", "Kangaroo")
+    for column in table.columns[1:]:
+        column.justify = "right"
+    rows = {"tokens/s": ("tokens_per_s", "{:.1f}"), "tokens per step": ("tokens_per_step", "{:.2f}"),
+            "acceptance rate": ("acceptance_rate", "{:.1%}"), "new tokens": ("num_new_tokens", "{}"),
+            "prefill": ("prefill_time_s", "{:.3f} s"), "decode": ("decode_time_s", "{:.3f} s")}  # fmt: skip
+    for label, (name, template) in rows.items():
+        table.add_row(label, *(number(getattr(one, name), template) for one in (result.plain, result.kangaroo)))
+    return table

@@ -1,0 +1,70 @@
+"""What a training run is to do: settings, checked before anything is loaded."""
+
+import math
+from dataclasses import dataclass
+
+import torch
+
+from kangaroo.errors import SettingsError
+from kangaroo.model.weights import DTYPES
+
+INITIALIZATIONS = ("target", "ones")
+PRECISIONS = ("auto", "float32", "bfloat16")
+
+
+@dataclass(frozen=True)
+class AdapterPlan:
+    """Everything that decides what an adapter becomes, besides the target and the data.
+
+    learning_rate is the peak: linear warm-up, then a cosine down to zero. initialization says where the norms
+    start: at the target's own or at ones. precision is what matrices multiply in while training, dtype what
+    the weights are saved in. Raises SettingsError for values outside their range.
+    """
+
+    model: str = ""
+    exit_layer: int = 2
+    num_steps: int = 1000
+    batch_size: int = 16
+    sequence_length: int = 512
+    learning_rate: float = 2e-3
+    warmup_steps: int = 50
+    weight_decay: float = 0.01
+    seed: int = 0
+    evaluate_every: int = 100
+    checkpoint_every: int = 100
+    initialization: str = "target"
+    precision: str = "float32"
+    dtype: str = "float32"
+
+    def __post_init__(self) -> None:
+        least = {"num_steps": 1, "batch_size": 1, "sequence_length": 1, "warmup_steps": 0, "seed": 0,
+                 "evaluate_every": 1, "checkpoint_every": 1, "weight_decay": 0.0}  # fmt: skip
+        for name, minimum in least.items():
+            value = getattr(self, name)
+            if not (math.isfinite(value) and value >= minimum):
+                raise SettingsError(f"{name} must be at least {minimum}, got {value}")
+        if not (math.isfinite(self.learning_rate) and self.learning_rate > 0):
+            raise SettingsError(f"learning_rate must be above 0, got {self.learning_rate}")
+        allowed = {"initialization": INITIALIZATIONS, "precision": PRECISIONS[1:], "dtype": tuple(DTYPES)}
+        for name, options in allowed.items():
+            if getattr(self, name) not in options:
+                raise SettingsError(f"{name} must be one of {', '.join(options)}, got {getattr(self, name)}")
+
+    def learning_rate_at(self, step: int) -> float:
+        """The rate of a step, counted from 0."""
+        if step < self.warmup_steps:
+            return self.learning_rate * (step + 1) / self.warmup_steps
+        progress = (step - self.warmup_steps) / max(1, self.num_steps - self.warmup_steps)
+        return self.learning_rate * 0.5 * (1 + math.cos(math.pi * progress))
+
+
+def resolve_precision(choice: str, device: torch.device) -> str:
+    """What "auto" means on a device: bfloat16 where its matrix products are native, else float32."""
+    if choice not in PRECISIONS:
+        raise SettingsError(f"precision must be one of {', '.join(PRECISIONS)}, got {choice}")
+    if choice != "auto":
+        return choice
+    if device.type == "cuda":
+        return "bfloat16" if torch.cuda.is_bf16_supported(including_emulation=False) else "float32"
+    capabilities = torch.cpu.get_capabilities() if device.type == "cpu" else {}
+    return "bfloat16" if capabilities.get("avx512_bf16") or capabilities.get("amx_bf16") else "float32"

@@ -1,0 +1,197 @@
+"""`kangaroo generate`: what it prints, which drafter it takes, and how it refuses."""
+
+import io
+import json
+import shutil
+import sys
+from pathlib import Path
+
+import pytest
+
+from kangaroo.types import Completion
+
+from .conftest import MakeModel, Run
+
+FIELDS = ["text", "token_ids", "num_prompt_tokens", "num_new_tokens", "finish_reason", "prefill_time_s",
+          "decode_time_s", "tokens_per_s", "num_steps", "tokens_per_step", "num_drafted", "num_accepted",
+          "acceptance_rate", "drafter", "model"]  # fmt: skip
+SHORT = ("--prompt", "hello", "--max-new-tokens", 24)
+
+
+@pytest.mark.parametrize("drafter", ["plain", "kangaroo"])
+def test_json_is_one_consistent_object(run: Run, model_folder: Path, drafter: str) -> None:
+    ran = run("generate", "--model", model_folder, *SHORT, "--drafter", drafter, "--ignore-eos", "--json")
+    assert (ran.status, ran.err) == (0, "")
+    result = json.loads(ran.out)
+    assert list(result) == FIELDS
+    assert result["num_prompt_tokens"] == 1 + len("hello")
+    assert result["num_new_tokens"] == len(result["token_ids"]) == 24
+    assert result["finish_reason"] == "length"
+    assert result["tokens_per_s"] == 23 / result["decode_time_s"]
+    assert result["tokens_per_step"] == 23 / result["num_steps"]
+    assert result["num_steps"] + result["num_accepted"] >= 23
+    if drafter == "plain":
+        assert (result["num_steps"], result["num_drafted"], result["acceptance_rate"]) == (23, 0, None)
+    else:
+        assert result["acceptance_rate"] == result["num_accepted"] / result["num_drafted"]
+    assert (result["drafter"], result["model"]) == (drafter, str(model_folder))
+
+
+def test_rates_of_no_time_are_null(run: Run, model_folder: Path) -> None:
+    ran = run("generate", "--model", model_folder, "--prompt", "a", "--max-new-tokens", 1, "--json")
+    result = json.loads(ran.out)
+    assert (result["num_steps"], result["decode_time_s"]) == (0, 0)
+    assert result["tokens_per_s"] is result["tokens_per_step"] is result["acceptance_rate"] is None
+
+
+def test_zero_time_is_null_even_with_steps() -> None:
+    completion = Completion("ab", (1, 2), 1, "length", 0.0, 0.0, 1, 0, 0, "plain", "m")
+    assert completion.to_dict()["tokens_per_s"] is None
+
+
+@pytest.mark.parametrize("sampling", [[], ["--temperature", 1.0, "--seed", 1], ["--temperature", 1.0, "--seed", 7]])
+def test_stream_prints_the_json_text(run: Run, model_folder: Path, sampling: list[object]) -> None:
+    argv = ["generate", "--model", model_folder, *SHORT, *sampling]
+    text = json.loads(run(*argv, "--json").out)["text"]
+    ran = run(*argv)
+    assert (ran.status, ran.out) == (0, text + "\n")
+    assert ran.err.count("\n") == 1
+    assert "tokens/s" in ran.err
+    assert ran.err.endswith("drafter kangaroo\n")
+
+
+def test_drafters_write_one_text(run: Run, model_folder: Path) -> None:
+    argv = ["generate", "--model", model_folder, *SHORT, "--temperature", 0.8]
+    assert run(*argv, "--drafter", "plain").out == run(*argv, "--drafter", "kangaroo", "--eta", 0, "--gamma", 4).out
+
+
+def test_default_drafter_is_kangaroo_only_with_an_adapter(run: Run, model_folder: Path, bare_folder: Path) -> None:
+    def drafter(*argv: object) -> object:
+        return json.loads(run("generate", "--json", *SHORT, *argv).out)["drafter"]
+
+    assert drafter("--model", model_folder) == "kangaroo"
+    assert drafter("--model", bare_folder) == "plain"
+    assert drafter("--model", bare_folder, "--adapter", model_folder / "adapter") == "kangaroo"
+
+
+def test_prompt_sources_agree(run: Run, bare_folder: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    prompt = "caf\u00e9\r\n"
+    file = tmp_path / "prompt.txt"
+    file.write_bytes(prompt.encode())
+    argv = ["generate", "--model", bare_folder, "--max-new-tokens", 8]
+    told = run(*argv, "--prompt", prompt).out
+    assert run(*argv, "--prompt-file", file).out == told
+    monkeypatch.setattr(sys, "stdin", io.TextIOWrapper(io.BytesIO(prompt.encode())))
+    assert run(*argv, "--prompt-file", "-").out == told
+
+
+def test_chat_template(run: Run, make_model: MakeModel) -> None:
+    folder = make_model()
+    template = "{% for m in messages %}{{ m.role[0] }}:{{ m.content }};{% endfor %}"
+    (folder / "tokenizer_config.json").write_text(json.dumps({"chat_template": template}), encoding="utf-8")
+    argv = ["generate", "--model", folder, "--prompt", "hi", "--max-new-tokens", 1, "--json", "--chat"]
+    assert json.loads(run(*argv).out)["num_prompt_tokens"] == len("u:hi;")
+    assert json.loads(run(*argv, "--system", "be").out)["num_prompt_tokens"] == len("s:be;u:hi;")
+
+
+@pytest.mark.parametrize(
+    ("flags", "fragment"),
+    [
+        (["--prompt", "a", "--drafter", "plain", "--gamma", 3], "--gamma"),
+        (["--prompt", "a", "--drafter", "plain", "--eta", 0.5], "--eta"),
+        (["--prompt", "a", "--drafter", "plain", "--adapter", "x"], "--adapter"),
+        (["--prompt", "a", "--drafter", "plain", "--exit-layer", 1], "--exit-layer"),
+        (["--prompt", "a", "--system", "b"], "--chat"),
+        (["--prompt", "a", "--prompt-file", "b"], "give only one"),
+        ([], "--prompt-file"),
+        (["--prompt", "a", "--drafter", "medusa"], "plain"),
+        (["--prompt", "a", "--dtype", "int8"], "bfloat16"),
+        (["--prompt", "a", "--gamma", "many"], "--gamma"),
+    ],
+)
+def test_usage_errors(run: Run, model_folder: Path, flags: list[object], fragment: str) -> None:
+    ran = run("generate", "--model", model_folder, *flags)
+    assert (ran.status, ran.out) == (2, "")
+    assert ran.err.startswith("error: ")
+    assert ran.err.count("\n") == 1
+    assert fragment in ran.err
+
+
+def check_refused(run: Run, argv: list[object], fragment: str) -> None:
+    ran = run("generate", *argv)
+    assert (ran.status, ran.out) == (1, "")
+    assert ran.err.startswith("error: ")
+    assert ran.err.count("\n") == 1
+    assert "Traceback" not in ran.err
+    assert fragment in ran.err
+
+
+@pytest.mark.parametrize(
+    ("flags", "fragment"),
+    [
+        (["--gamma", 0], "gamma must be at least 1, got 0"),
+        (["--gamma", 0, "--eta", 0], "gamma must be at least 1, got 0"),
+        (["--eta", 1.5], "eta must be in [0, 1], got 1.5"),
+        (["--eta", -0.1], "eta must be in [0, 1], got -0.1"),
+        (["--eta", "nan"], "eta must be in [0, 1], got nan"),
+        (["--exit-layer", 0], "exit_layer must be in 1..3, got 0"),
+        (["--exit-layer", 4], "exit_layer must be in 1..3, got 4"),
+        (["--exit-layer", 2], "was trained at exit layer 1, got exit_layer 2"),
+        (["--adapter", "/no/such/adapter"], "no adapter folder /no/such/adapter"),
+        (["--max-new-tokens", 0], "max_new_tokens must be at least 1, got 0"),
+        (["--max-context", 1], "max_context must be at least 2, got 1"),
+        (["--max-context", 4], "the prompt must be under 4 tokens"),
+        (["--temperature", -1], "temperature must be 0"),
+        (["--seed", -1], "seed must be in 0.."),
+        (["--device", "toaster"], "device must be cpu or cuda"),
+        (["--device", "cuda:99"], "device cuda:99 is not here"),
+        (["--chat"], "no chat template"),
+    ],
+)
+def test_bad_settings(run: Run, model_folder: Path, flags: list[object], fragment: str) -> None:
+    check_refused(run, ["--model", model_folder, "--prompt", "hello", *flags], fragment)
+
+
+def test_bad_prompts(run: Run, bare_folder: Path, tmp_path: Path) -> None:
+    model = ["--model", bare_folder]
+    check_refused(run, [*model, "--prompt", ""], "the prompt is empty")
+    check_refused(run, [*model, "--prompt", "x" * 300], "the prompt must be under 256 tokens")
+    check_refused(run, [*model, "--prompt-file", tmp_path / "none.txt"], "No such file")
+    check_refused(run, [*model, "--prompt-file", tmp_path], "Is a directory")
+    latin = tmp_path / "latin.txt"
+    latin.write_bytes(b"caf\xe9")
+    check_refused(run, [*model, "--prompt-file", latin], "must be UTF-8, got byte 3 (0xe9)")
+
+
+def test_bad_models(run: Run, make_model: MakeModel) -> None:
+    check_refused(run, ["--model", "/no/such/model", "--prompt", "a"], "no such model folder: /no/such/model")
+    folder = make_model()
+    argv = ["--model", folder, "--prompt", "a"]
+    weights, config = folder / "model.safetensors", folder / "config.json"
+    content = weights.read_bytes()
+    weights.write_bytes(content[: len(content) // 2])
+    check_refused(run, argv, "is damaged")
+    weights.rename(folder / "pytorch_model.bin")
+    check_refused(run, argv, "pytorch_model.bin is a pickle, which is never loaded")
+    config.write_text(config.read_text().replace('"llama"', '"gpt_bigcode"'))
+    check_refused(run, argv, "got 'gpt_bigcode'")
+    config.unlink()
+    check_refused(run, argv, "has no config.json")
+
+
+@pytest.mark.parametrize(("model_layers", "fragment"), [(4, "another model of the same shape"), (1, "exit_layer")])
+def test_adapter_of_another_model(
+    run: Run, model_folder: Path, make_model: MakeModel, *, model_layers: int, fragment: str
+) -> None:
+    other = make_model(seed=1, layers=model_layers)
+    check_refused(run, ["--model", other, "--prompt", "a", "--adapter", model_folder / "adapter"], fragment)
+
+
+def test_damaged_adapter(run: Run, model_folder: Path, tmp_path: Path) -> None:
+    adapter = tmp_path / "adapter"
+    shutil.copytree(model_folder / "adapter", adapter)
+    argv = ["--model", model_folder, "--prompt", "a", "--adapter", adapter]
+    (adapter / "adapter.safetensors").write_bytes(b"no tensors")
+    check_refused(run, argv, "is damaged")
+    (adapter / "config.json").write_text("{}", encoding="utf-8")
+    check_refused(run, argv, "is no adapter config")
