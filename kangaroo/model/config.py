@@ -6,13 +6,31 @@ from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any
 
-from pydantic import BaseModel, ValidationError
+from pydantic import BaseModel, FiniteFloat, PositiveFloat, PositiveInt, ValidationError
 
 from kangaroo.errors import CheckpointError
 
 FAMILIES = ("llama", "mistral", "qwen2", "qwen3", "gemma2")
 ROPE_TYPES = ("default", "linear", "llama3")
 ACTIVATIONS = {"silu": "silu", "gelu_pytorch_tanh": "gelu_tanh"}
+LAYER_TYPES = ("full_attention", "sliding_attention")
+# What transformers assumes where a family's config.json says nothing; an explicit null stays one.
+FAMILY_DEFAULTS: dict[str, dict[str, Any]] = {
+    "llama": {},
+    "mistral": {"sliding_window": 4096, "num_key_value_heads": 8},
+    "qwen2": {"sliding_window": 4096, "num_key_value_heads": 32},
+    "qwen3": {"sliding_window": 4096, "num_key_value_heads": 32, "head_dim": 128},
+    "gemma2": {
+        "sliding_window": 4096,
+        "num_key_value_heads": 4,
+        "head_dim": 256,
+        "hidden_activation": "gelu_pytorch_tanh",
+        "tie_word_embeddings": True,
+        "query_pre_attn_scalar": 256.0,
+        "attn_logit_softcapping": 50.0,
+        "final_logit_softcapping": 30.0,
+    },
+}
 
 
 @dataclass(frozen=True)
@@ -67,15 +85,17 @@ class ModelConfig:
         rotary scaling.
         """
         family = raw.get("model_type")
+        if raw.get("quantization_config"):
+            raise CheckpointError("config.json: quantized checkpoints are unsupported; use the original weights")
         if family not in FAMILIES:
             raise CheckpointError(f"model_type must be one of {', '.join(FAMILIES)}, got {family!r}")
         try:
-            fields = _CheckpointFields.model_validate(raw)
+            fields = _CheckpointFields.model_validate(FAMILY_DEFAULTS[family] | raw)
         except ValidationError as error:
             first = error.errors()[0]
             where = ".".join(str(part) for part in first["loc"])
             raise CheckpointError(f"config.json: {where}: {first['msg']}, got {first['input']!r:.60}") from error
-        return _resolve(family, fields, _rope_settings(raw, fields))
+        return _resolve(family, fields, rope=_rope_settings(raw, fields))
 
     @classmethod
     def from_folder(cls, folder: Path) -> "ModelConfig":
@@ -95,28 +115,28 @@ class ModelConfig:
 class _CheckpointFields(BaseModel):
     """The config.json fields that are read, with the defaults transformers gives them."""
 
-    vocab_size: int
-    hidden_size: int
-    intermediate_size: int
-    num_hidden_layers: int
-    num_attention_heads: int
-    num_key_value_heads: int | None = None
-    head_dim: int | None = None
-    rms_norm_eps: float = 1e-6
-    max_position_embeddings: int
-    tie_word_embeddings: bool | None = None
+    vocab_size: PositiveInt
+    hidden_size: PositiveInt
+    intermediate_size: PositiveInt
+    num_hidden_layers: PositiveInt
+    num_attention_heads: PositiveInt
+    num_key_value_heads: PositiveInt | None = None
+    head_dim: PositiveInt | None = None
+    rms_norm_eps: FiniteFloat = 1e-6
+    max_position_embeddings: PositiveInt
+    tie_word_embeddings: bool = False
     attention_bias: bool = False
     mlp_bias: bool = False
     hidden_act: str | None = None
     hidden_activation: str | None = None
     rope_theta: float | None = None
-    sliding_window: int | None = None
+    sliding_window: PositiveInt | None = None
     use_sliding_window: bool | None = None
     max_window_layers: int | None = None
     layer_types: list[str] | None = None
-    query_pre_attn_scalar: float | None = None
-    attn_logit_softcapping: float | None = None
-    final_logit_softcapping: float | None = None
+    query_pre_attn_scalar: PositiveFloat = 256.0
+    attn_logit_softcapping: PositiveFloat | None = None
+    final_logit_softcapping: PositiveFloat | None = None
 
 
 def _rope_settings(raw: dict[str, Any], fields: _CheckpointFields) -> RopeSettings:
@@ -141,8 +161,13 @@ def _rope_settings(raw: dict[str, Any], fields: _CheckpointFields) -> RopeSettin
                 high_freq_factor=float(spelled["high_freq_factor"]),
                 original_context=int(spelled["original_max_position_embeddings"]),
             )
-    except (KeyError, TypeError, ValueError) as error:
+    except (KeyError, TypeError, ValueError, OverflowError) as error:
         raise CheckpointError(f"config.json: {rope_type} rope settings lack a number: {error}") from error
+    numbers = (settings.theta, settings.factor, settings.low_freq_factor, settings.original_context)
+    if not all(math.isfinite(number) and number > 0 for number in numbers):
+        raise CheckpointError(f"config.json: rope settings must be finite and above 0, got {settings}")
+    if not settings.low_freq_factor < settings.high_freq_factor < math.inf:
+        raise CheckpointError(f"config.json: rope settings need low_freq_factor < high_freq_factor, got {settings}")
     return settings
 
 
@@ -154,8 +179,10 @@ def _windows(family: str, fields: _CheckpointFields) -> tuple[int | None, ...]:
         return (None,) * num_layers
     if fields.layer_types is not None:
         slides = [kind == "sliding_attention" for kind in fields.layer_types]
-        if len(slides) != num_layers:
-            raise CheckpointError(f"config.json: layer_types must name {num_layers} layers, got {len(slides)}")
+        if len(slides) != num_layers or not set(fields.layer_types) <= set(LAYER_TYPES):
+            allowed = " or ".join(LAYER_TYPES)
+            got = f"{fields.layer_types!r:.80}"
+            raise CheckpointError(f"config.json: layer_types must name {num_layers} layers, each {allowed}, got {got}")
     elif family == "gemma2":
         slides = [layer % 2 == 0 for layer in range(num_layers)]
     elif family in ("qwen2", "qwen3"):
@@ -166,31 +193,26 @@ def _windows(family: str, fields: _CheckpointFields) -> tuple[int | None, ...]:
     return tuple(fields.sliding_window if slide else None for slide in slides)
 
 
-def _check_shape(fields: _CheckpointFields, num_kv_heads: int, head_dim: int) -> None:
-    sizes = (fields.vocab_size, fields.hidden_size, fields.intermediate_size, fields.num_hidden_layers,
-             fields.num_attention_heads, num_kv_heads, head_dim, fields.max_position_embeddings)  # fmt: skip
-    if min(sizes) < 1:
-        raise CheckpointError(f"config.json: every size must be at least 1, got {sizes}")
+def _check_shape(fields: _CheckpointFields, *, num_kv_heads: int, head_dim: int) -> None:
     if fields.num_attention_heads % num_kv_heads:
         raise CheckpointError(
             f"num_attention_heads must be a multiple of num_key_value_heads, got {fields.num_attention_heads} "
             f"and {num_kv_heads}"
         )
-    if head_dim % 2:
+    if head_dim < 2 or head_dim % 2:
         raise CheckpointError(f"head_dim must be even for rotary embedding, got {head_dim}")
 
 
-def _resolve(family: str, fields: _CheckpointFields, rope: RopeSettings) -> ModelConfig:
+def _resolve(family: str, fields: _CheckpointFields, *, rope: RopeSettings) -> ModelConfig:
     gemma = family == "gemma2"
-    default_head_dim = {"gemma2": 256, "qwen3": 128}.get(family, fields.hidden_size // fields.num_attention_heads)
-    head_dim = fields.head_dim or default_head_dim
+    head_dim = fields.head_dim or fields.hidden_size // fields.num_attention_heads
     num_kv_heads = fields.num_key_value_heads or fields.num_attention_heads
-    _check_shape(fields, num_kv_heads, head_dim)
-    spelled = (fields.hidden_activation or fields.hidden_act or "gelu_pytorch_tanh") if gemma else fields.hidden_act
+    _check_shape(fields, num_kv_heads=num_kv_heads, head_dim=head_dim)
+    spelled = fields.hidden_activation if gemma else fields.hidden_act
     activation = ACTIVATIONS.get(spelled or "silu")
     if activation is None:
         raise CheckpointError(f"hidden_act must be one of {', '.join(ACTIVATIONS)}, got {spelled!r}")
-    query_scalar = fields.query_pre_attn_scalar or 256.0 if gemma else float(head_dim)
+    query_scalar = fields.query_pre_attn_scalar if gemma else float(head_dim)
     return ModelConfig(
         model_type=family,
         vocab_size=fields.vocab_size,
@@ -204,7 +226,7 @@ def _resolve(family: str, fields: _CheckpointFields, rope: RopeSettings) -> Mode
         rope=rope,
         context_length=fields.max_position_embeddings,
         windows=_windows(family, fields),
-        tied_head=gemma if fields.tie_word_embeddings is None else fields.tie_word_embeddings,
+        tied_head=fields.tie_word_embeddings,
         qkv_bias=family == "qwen2" or fields.attention_bias,
         output_bias=family != "qwen2" and fields.attention_bias,
         mlp_bias=fields.mlp_bias,

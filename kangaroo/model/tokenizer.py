@@ -32,10 +32,12 @@ class Tokenizer:
         template_file = folder / "chat_template.jinja"
         template = settings.get("chat_template")
         if template_file.exists():
-            template = template_file.read_text(encoding="utf-8")
+            template = _read_text(template_file)
         if isinstance(template, list):
-            named = {entry["name"]: entry["template"] for entry in template}
+            named = {entry.get("name"): entry.get("template") for entry in template if isinstance(entry, dict)}
             template = named.get("default")
+        if not isinstance(template, str | None):
+            raise CheckpointError(f"{folder}: chat_template must be text, got {type(template).__name__}")
         path = folder / "tokenizer.json"
         if not path.exists():
             return cls(_convert(folder), settings=settings, chat_template=template)
@@ -72,7 +74,9 @@ class Tokenizer:
         """Text of messages under the chat template; raises PromptError where there is none or it refuses them."""
         if self._chat_template is None:
             raise PromptError("this checkpoint has no chat template; leave out --chat or use an instruct checkpoint")
-        environment = ImmutableSandboxedEnvironment(trim_blocks=True, lstrip_blocks=True)
+        environment = ImmutableSandboxedEnvironment(
+            trim_blocks=True, lstrip_blocks=True, extensions=["jinja2.ext.loopcontrols"]
+        )
         environment.globals["raise_exception"] = _refuse
         environment.filters["tojson"] = lambda value, indent=None: json.dumps(value, ensure_ascii=False, indent=indent)
         specials = {name: _special_text(self._settings.get(name)) for name in ("bos_token", "eos_token", "unk_token")}
@@ -80,7 +84,7 @@ class Tokenizer:
             return environment.from_string(self._chat_template).render(
                 messages=list(messages), add_generation_prompt=add_generation_prompt, **specials
             )
-        except TemplateError as error:
+        except Exception as error:  # the template is the checkpoint's own program and may fail in any way
             raise PromptError(f"the chat template refuses these messages: {error}") from error
 
 
@@ -92,12 +96,19 @@ def _special_text(token: Any) -> str:
     return token.get("content", "") if isinstance(token, dict) else token or ""
 
 
+def _read_text(path: Path) -> str:
+    try:
+        return path.read_text(encoding="utf-8")
+    except (OSError, UnicodeDecodeError) as error:
+        raise CheckpointError(f"{path} is no readable UTF-8 text: {error}") from error
+
+
 def _read_json(path: Path) -> dict[str, Any]:
     if not path.exists():
         return {}
     try:
-        content = json.loads(path.read_text(encoding="utf-8"))
-    except (OSError, ValueError) as error:
+        content = json.loads(_read_text(path))
+    except ValueError as error:
         raise CheckpointError(f"{path} is not readable JSON: {error}") from error
     return content if isinstance(content, dict) else {}
 

@@ -181,6 +181,9 @@ def _read_tensors(folder: Path, shapes: Mapping[str, tuple[int, ...]]) -> dict[s
         if tuple(tensors[name].shape) != shape:
             got = tuple(tensors[name].shape)
             raise CheckpointError(f"{folder}: {name} must have shape {shape} by config.json, got {got}")
+        if tensors[name].dtype not in DTYPES.values():
+            allowed = ", ".join(DTYPES)
+            raise CheckpointError(f"{folder}: {name} must be stored as {allowed}, got {tensors[name].dtype}")
     return tensors
 
 
@@ -188,8 +191,9 @@ def _weight_files(folder: Path) -> list[Path]:
     index = folder / "model.safetensors.index.json"
     if index.exists():
         try:
-            names = sorted(set(json.loads(index.read_text(encoding="utf-8"))["weight_map"].values()))
-        except (ValueError, KeyError, AttributeError, TypeError) as error:
+            weight_map = json.loads(index.read_text(encoding="utf-8"))["weight_map"]
+            names = sorted({str(name) for name in weight_map.values()})
+        except (OSError, ValueError, KeyError, AttributeError, TypeError) as error:
             raise CheckpointError(f"{index} is no safetensors index: {error}") from error
         if any(Path(name).name != name for name in names):
             raise CheckpointError(f"{index} names files outside its folder")

@@ -1,0 +1,151 @@
+"""Text to ids and back, streamed or whole, and chat templates that may not be trusted."""
+
+import json
+import sys
+from pathlib import Path
+
+import pytest
+from hypothesis import given
+from hypothesis import strategies as st
+
+from kangaroo.errors import CheckpointError, PromptError
+from kangaroo.model.tokenizer import Tokenizer
+from tests.tiny import BOS, EOS, VOCAB_SIZE, save_tiny_tokenizer, tiny_tokenizer
+
+TEMPLATE = (
+    "{{ bos_token }}{% for message in messages %}<{{ message['role'] }}>{{ message['content'] }}{% endfor %}"
+    "{% if add_generation_prompt %}<assistant>{% endif %}"
+)
+MESSAGES = [{"role": "user", "content": "Hi"}]
+TOKENIZER = Tokenizer(tiny_tokenizer(), settings={}, chat_template=None)
+
+
+@pytest.fixture
+def folder(tmp_path: Path) -> Path:
+    save_tiny_tokenizer(tmp_path)
+    return tmp_path
+
+
+def with_template(template: str) -> Tokenizer:
+    return Tokenizer(
+        tiny_tokenizer(), settings={"bos_token": BOS, "eos_token": {"content": EOS}}, chat_template=template
+    )
+
+
+def test_special_tokens_follow_the_checkpoint(folder: Path) -> None:
+    tokenizer = Tokenizer.from_folder(folder)
+    assert tokenizer.vocab_size == VOCAB_SIZE
+    assert tokenizer.encode("ab")[0] == 256
+    assert tokenizer.encode("ab")[1:] == tokenizer.encode("ab", add_special_tokens=False)
+    assert tokenizer.decode([*tokenizer.encode("ab"), 257]) == "ab"
+
+
+@given(text=st.text())
+def test_round_trip(text: str) -> None:
+    ids = TOKENIZER.encode(text, add_special_tokens=False)
+    assert TOKENIZER.decode(ids) == text
+
+
+@given(text=st.text())
+def test_stream_completes_characters(text: str) -> None:
+    ids = TOKENIZER.encode(text, add_special_tokens=False)
+    assert "".join(map(TOKENIZER.stream_decoder(), ids)) == text
+
+
+def test_stream_holds_back_an_unfinished_character() -> None:
+    ids = TOKENIZER.encode("aé🦘", add_special_tokens=False)
+    assert list(map(TOKENIZER.stream_decoder(), ids)) == ["a", "", "é", "", "", "", "🦘"]
+
+
+@given(ids=st.lists(st.integers(0, VOCAB_SIZE - 1), max_size=12))
+def test_stream_survives_any_bytes(ids: list[int]) -> None:
+    assert TOKENIZER.decode(ids).startswith("".join(map(TOKENIZER.stream_decoder(), ids)))
+
+
+def test_two_streams_do_not_mix() -> None:
+    left, right = TOKENIZER.stream_decoder(), TOKENIZER.stream_decoder()
+    first, second = TOKENIZER.encode("é", add_special_tokens=False)
+    assert [left(first), right(first), left(second), right(second)] == ["", "", "é", "é"]
+
+
+def test_chat_template() -> None:
+    tokenizer = with_template(TEMPLATE)
+    assert tokenizer.render_chat(MESSAGES) == f"{BOS}<user>Hi<assistant>"
+    assert tokenizer.render_chat(MESSAGES, add_generation_prompt=False) == f"{BOS}<user>Hi"
+    ids = tokenizer.encode_chat(MESSAGES)
+    assert ids.count(256) == 1
+    assert tokenizer.decode(ids) == "<user>Hi<assistant>"
+
+
+@pytest.mark.parametrize("where", ["jinja", "settings", "named"])
+def test_chat_template_is_found(folder: Path, where: str) -> None:
+    settings: dict[str, object] = {"bos_token": BOS}
+    if where == "jinja":
+        (folder / "chat_template.jinja").write_text(TEMPLATE)
+        settings["chat_template"] = "not this one"
+    else:
+        named = [{"name": "tool_use", "template": "no"}, {"name": "default", "template": TEMPLATE}]
+        settings["chat_template"] = TEMPLATE if where == "settings" else named
+    (folder / "tokenizer_config.json").write_text(json.dumps(settings))
+    assert Tokenizer.from_folder(folder).render_chat(MESSAGES) == f"{BOS}<user>Hi<assistant>"
+
+
+def test_no_chat_template(folder: Path) -> None:
+    with pytest.raises(PromptError, match="no chat template"):
+        Tokenizer.from_folder(folder).encode_chat(MESSAGES)
+
+
+@pytest.mark.parametrize(
+    "template",
+    [
+        "{{ ''.__class__.__mro__[1].__subclasses__() }}",
+        "{{ messages.__init__.__globals__ }}",
+        "{{ raise_exception.__globals__['json'] }}",
+        "{{ messages.append(1) }}",
+        "{{ cycler.__init__.__globals__.os.system('true') }}",
+        "{{ raise_exception('roles must alternate') }}",
+        "{{ messages[0]['content'] + 1 }}",
+        "{{ 1 // 0 }}",
+        "{% for %}",
+    ],
+)
+def test_templates_that_fail_or_reach_out_are_refused(template: str) -> None:
+    with pytest.raises(PromptError, match="the chat template refuses these messages"):
+        with_template(template).render_chat(MESSAGES)
+
+
+def test_templates_may_use_loop_controls_and_json() -> None:
+    template = "{% for m in messages %}{{ m | tojson }}{% break %}{% endfor %}"
+    assert with_template(template).render_chat([*MESSAGES, *MESSAGES]) == json.dumps(MESSAGES[0])
+
+
+@pytest.mark.parametrize("content", ["", "{}", "not json", '{"model": {"type": "BPE"}}'])
+def test_malformed_tokenizer(folder: Path, content: str) -> None:
+    (folder / "tokenizer.json").write_text(content)
+    with pytest.raises(CheckpointError, match="is no readable tokenizer"):
+        Tokenizer.from_folder(folder)
+
+
+@pytest.mark.parametrize("content", [b"{", b"\xff"])
+def test_malformed_settings(folder: Path, content: bytes) -> None:
+    (folder / "tokenizer_config.json").write_bytes(content)
+    with pytest.raises(CheckpointError, match=r"tokenizer_config\.json is n"):
+        Tokenizer.from_folder(folder)
+
+
+@pytest.mark.parametrize("template", [3, {"default": TEMPLATE}, [{"name": "default", "template": 4}]])
+def test_malformed_template(folder: Path, template: object) -> None:
+    (folder / "tokenizer_config.json").write_text(json.dumps({"chat_template": template}))
+    with pytest.raises(CheckpointError, match="chat_template must be text"):
+        Tokenizer.from_folder(folder)
+
+
+def test_no_tokenizer_at_all(tmp_path: Path) -> None:
+    with pytest.raises(CheckpointError, match="no tokenizer transformers can convert"):
+        Tokenizer.from_folder(tmp_path)
+
+
+def test_no_tokenizer_and_no_transformers(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setitem(sys.modules, "transformers", None)
+    with pytest.raises(CheckpointError, match="install transformers"):
+        Tokenizer.from_folder(tmp_path)
