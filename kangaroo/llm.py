@@ -98,8 +98,13 @@ class LLM:
     def stream(
         self, prompt: str | Sequence[int], params: SamplingParams | None = None
     ) -> Generator[Token, None, Completion]:
-        """Continue a prompt token by token; the generator's return value is the Completion."""
-        decoding = self._begin(prompt, params)
+        """Continue a prompt token by token; the generator's return value is the Completion.
+
+        The prompt is checked and prefilled by the call itself.
+        """
+        return self._stream(self._begin(prompt, params))
+
+    def _stream(self, decoding: Decoding) -> Generator[Token, None, Completion]:
         decode = self.model.tokenizer.stream_decoder()
         num_yielded = num_chars = 0
         try:

@@ -22,7 +22,7 @@ def choose(logits: Tensor, positions: Tensor, *, params: Sequence[SamplingParams
     logits: [R, V] float32; positions: [R] int64, the place in the text of the token each row stands on.
     params: one per sequence; num_rows: how many consecutive rows belong to each, summing to R.
     Returns [R] int64. Temperature 0 takes the largest logit, the lowest id winning ties; otherwise the
-    largest of logits / temperature + gumbel noise, a draw from the softmax (Gumbel-max trick).
+    largest of logits + temperature * gumbel noise, a draw from the softmax of logits / temperature (Gumbel-max).
     """
     if all(one.temperature == 0 for one in params):
         return logits.argmax(dim=-1)
@@ -32,7 +32,7 @@ def choose(logits: Tensor, positions: Tensor, *, params: Sequence[SamplingParams
         scores = logits[rows]
         if one.temperature > 0:
             noise = gumbel_noise(positions[rows], logits.shape[-1], seed=one.seed)
-            scores = scores / one.temperature + noise
+            scores = scores + one.temperature * noise
         picks.append(scores.argmax(dim=-1))
         row = rows.stop
     return torch.cat(picks)
@@ -43,8 +43,8 @@ def gumbel_noise(positions: Tensor, vocab_size: int, *, seed: int) -> Tensor:
     token_ids = torch.arange(vocab_size, device=positions.device)
     row_keys = _mix(_mix(torch.full_like(positions, seed)) + positions)
     bits = _mix(row_keys[:, None] + token_ids)
-    # 53 random bits, centred so that neither 0 nor 1 occurs.
-    uniform = (_shift_right(bits, 11).double() + 0.5) * 2.0**-53
+    # 52 random bits, centred so that neither 0 nor 1 occurs; a 53rd would round the largest value up to 1.
+    uniform = (_shift_right(bits, 12).double() + 0.5) * 2.0**-52
     return -torch.log(-torch.log(uniform)).float()
 
 

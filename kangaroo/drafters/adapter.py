@@ -8,6 +8,7 @@ import hashlib
 import json
 from dataclasses import replace
 from pathlib import Path
+from typing import Literal
 
 import torch
 from pydantic import BaseModel, ConfigDict, ValidationError
@@ -29,7 +30,7 @@ class AdapterConfig(BaseModel):
 
     model_config = ConfigDict(extra="forbid")
 
-    kind: str = "attention"
+    kind: Literal["attention"] = "attention"
     exit_layer: int
     hidden_size: int
     num_heads: int

@@ -7,7 +7,7 @@ import torch
 
 from kangaroo.drafters.base import Batch, Drafter, Sequence
 from kangaroo.engine.step import decode_step, prefill
-from kangaroo.errors import PromptError
+from kangaroo.errors import KangarooError, PromptError
 from kangaroo.model.cache import KVCache
 from kangaroo.model.transformer import Transformer
 from kangaroo.types import Draft, Outcome, Request
@@ -45,9 +45,10 @@ class Engine:
         self.drafter = drafter
         self.context_length = min(target.config.context_length, max_context or target.config.context_length)
         self._cache: KVCache | None = None
+        self._running: Decoding | None = None
 
     def begin(self, request: Request) -> Decoding:
-        """Prefill a prompt and emit its first token.
+        """Prefill a prompt and emit its first token; a request still under way is given up.
 
         Raises PromptError where the prompt is empty, leaves no room in the context, or holds unknown ids.
         """
@@ -55,7 +56,9 @@ class Engine:
         prompt = list(request.prompt_ids)
         # The last token of a text is never run, so a full context still admits one more.
         num_slots = min(len(prompt) + request.params.max_new_tokens, self.context_length)
-        decoding = Decoding(Sequence(request, slot=0, tokens=prompt))
+        if self._running is not None:
+            self.end(self._running)
+        decoding = self._running = Decoding(Sequence(request, slot=0, tokens=prompt))
         cache = self._cache_for(num_slots)
         started_s = self._now_s()
         with torch.inference_mode():
@@ -66,9 +69,15 @@ class Engine:
         return decoding
 
     def step(self, decoding: Decoding) -> int:
-        """Advance by one draft and its verification; returns how many tokens were emitted."""
+        """Advance by one draft and its verification; returns how many tokens were emitted.
+
+        Raises KangarooError where another request has begun since: the cache is no longer this one's.
+        """
+        if decoding is not self._running:
+            raise KangarooError("one request at a time: another began before this one ended; finish or close it first")
         sequence = decoding.sequence
-        assert self._cache is not None and sequence.finish_reason is None, "step() on a finished request"
+        assert self._cache is not None, "step() before begin()"
+        assert sequence.finish_reason is None, "step() on a finished request"
         started_s = self._now_s()
         sequence.max_draft = self._room(sequence) - 1
         with torch.inference_mode():
@@ -79,8 +88,10 @@ class Engine:
         return num_emitted
 
     def end(self, decoding: Decoding) -> None:
-        """Free what the drafter holds for a request, finished or not."""
-        self.drafter.end([decoding.sequence])
+        """Free what the drafter holds for a request, finished or not; ending one twice does nothing."""
+        if decoding is self._running:
+            self._running = None
+            self.drafter.end([decoding.sequence])
 
     def _check(self, request: Request) -> None:
         num_tokens, vocab_size = len(request.prompt_ids), self.target.config.vocab_size

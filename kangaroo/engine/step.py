@@ -30,7 +30,8 @@ def prefill(batch: Batch, drafter: Drafter) -> Outcome:
             hidden, taps = target.forward(target.embed(tokens), span, attention=attention, taps=drafter.taps)
             blocks.append(taps)
             cache.keep(sequence.slot, list(range(len(tokens))))
-        last = choose(target.logits(hidden[-1:]), attention.positions[-1:], params=[sequence.request.params], num_rows=[1])
+        params = [sequence.request.params]
+        last = choose(target.logits(hidden[-1:]), attention.positions[-1:], params=params, num_rows=[1])
         picked.append((int(last),))
         tapped.append({layer: torch.cat([block[layer] for block in blocks]) for layer in drafter.taps})
     paths = tuple(tuple(range(len(sequence.tokens))) for sequence in batch.sequences)
@@ -43,6 +44,8 @@ def decode_step(batch: Batch, drafter: Drafter) -> tuple[Draft, Outcome]:
     """Draft for every sequence, verify all nodes in one pass, and commit the accepted branches."""
     target = batch.target
     draft = drafter.draft(batch)
+    for sequence, num_nodes in zip(batch.sequences, draft.num_nodes, strict=True):
+        assert 1 <= num_nodes <= 1 + sequence.max_draft, f"{drafter.name} drafted {num_nodes - 1} tokens"
     packed = torch.cat([row[:count] for row, count in zip(draft.tokens, draft.num_nodes, strict=True)])
     segments = [
         batch.segment(row, num_rows=count, parents=parents[:count])
@@ -60,9 +63,7 @@ def decode_step(batch: Batch, drafter: Drafter) -> tuple[Draft, Outcome]:
     return draft, outcome
 
 
-def _commit(
-    batch: Batch, draft: Draft, *, paths: Tensor, choices: Tensor, taps: dict[int, Tensor]
-) -> Outcome:
+def _commit(batch: Batch, draft: Draft, *, paths: Tensor, choices: Tensor, taps: dict[int, Tensor]) -> Outcome:
     """Keep the accepted branch of every sequence in the cache and gather what it emits and what was tapped."""
     kept, emitted, tapped, first_row = [], [], [], 0
     rows = zip(batch.sequences, paths.tolist(), choices.tolist(), draft.num_nodes, strict=True)

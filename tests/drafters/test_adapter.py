@@ -1,0 +1,172 @@
+"""Adapters: saved and loaded unchanged, and refused in one line where they do not fit the target."""
+
+import json
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+from torch import Tensor
+
+from kangaroo.drafters.adapter import CONFIG_FILE, WEIGHTS_FILE, Adapter, fingerprint
+from kangaroo.errors import AdapterError
+from kangaroo.model.cache import CachedPass, KVCache, Segment
+from kangaroo.model.transformer import FullSequencePass, Transformer
+from tests.tiny import tiny_config, tiny_transformer
+
+FAMILIES = ["llama", "mistral", "qwen2", "qwen3", "gemma2"]
+
+
+@pytest.fixture(scope="module")
+def target() -> Transformer:
+    return tiny_transformer(tiny_config(num_hidden_layers=3))
+
+
+@pytest.fixture
+def folder(tmp_path: Path, target: Transformer) -> Path:
+    Adapter.initialize(target, 1).save(tmp_path)
+    return tmp_path
+
+
+def random_adapter(target: Transformer) -> Adapter:
+    adapter = Adapter.initialize(target, 1)
+    generator = torch.Generator().manual_seed(5)
+    adapter.tensors["output"] = 0.3 * torch.randn(adapter.tensors["output"].shape, generator=generator)
+    return adapter
+
+
+def edit_config(folder: Path, **fields: Any) -> None:
+    path = folder / CONFIG_FILE
+    path.write_text(json.dumps(json.loads(path.read_text()) | fields))
+
+
+def test_saved_adapter_loads_unchanged(tmp_path: Path, target: Transformer) -> None:
+    adapter = random_adapter(target)
+    adapter.config.gamma, adapter.config.eta = 5, 0.25
+    adapter.save(tmp_path)
+    loaded = Adapter.load(tmp_path, target)
+    assert loaded.config == adapter.config
+    assert loaded.tensors.keys() == adapter.tensors.keys()
+    assert all(torch.equal(loaded.tensors[name], tensor) for name, tensor in adapter.tensors.items())
+
+
+def test_adapter_saved_in_bfloat16_loads_rounded(tmp_path: Path, target: Transformer) -> None:
+    adapter = random_adapter(target)
+    adapter.save(tmp_path, dtype=torch.bfloat16)
+    loaded = Adapter.load(tmp_path, target)
+    for name, tensor in adapter.tensors.items():
+        assert torch.equal(loaded.tensors[name], tensor.bfloat16().float())
+
+
+def test_new_adapter_predicts_as_the_target_would_leaving_at_the_exit_layer(target: Transformer) -> None:
+    hidden = torch.randn(1, 7, target.config.hidden_size, generator=torch.Generator().manual_seed(0))
+    adapter = Adapter.initialize(target, 1)
+    attention = FullSequencePass(adapter.model_config, 7, device=hidden.device)
+    logits = target.head_logits(adapter.forward(hidden, attention=attention))
+    torch.testing.assert_close(logits, target.logits(hidden))
+
+
+@pytest.mark.parametrize("family", FAMILIES)
+def test_cached_pass_in_pieces_equals_the_training_pass(family: str) -> None:
+    target = tiny_transformer(tiny_config(family))
+    adapter = random_adapter(target)
+    hidden = torch.randn(14, target.config.hidden_size, generator=torch.Generator().manual_seed(1))
+    whole = adapter.forward(hidden[None], attention=FullSequencePass(adapter.model_config, 14, device=hidden.device))
+    cache = KVCache(adapter.model_config, 1, num_slots=14, dtype=torch.float32, device=hidden.device)
+    pieces: list[Tensor] = []
+    for block in hidden.split([9, 1, 1, 3]):
+        attention = CachedPass(cache, [Segment(0, cache.lengths[0], len(block))])
+        pieces.append(adapter.forward(block, attention=attention))
+        cache.truncate(0, cache.lengths[0] + len(block))
+    torch.testing.assert_close(torch.cat(pieces), whole[0], rtol=1e-5, atol=1e-5)
+
+
+def test_window_and_softcap_of_the_target_do_not_reach_the_adapter() -> None:
+    model_config = Adapter.initialize(tiny_transformer(tiny_config("gemma2")), 1).model_config
+    assert model_config.windows == (None,)
+    assert model_config.attention_softcap is None
+    assert model_config.num_kv_heads == model_config.num_heads
+
+
+@pytest.mark.parametrize("exit_layer", [-1, 0, 3, 4])
+def test_exit_layer_out_of_range_is_refused(target: Transformer, folder: Path, exit_layer: int) -> None:
+    with pytest.raises(AdapterError, match=rf"exit_layer must be in 1\.\.2, got {exit_layer}"):
+        Adapter.initialize(target, exit_layer)
+    edit_config(folder, exit_layer=exit_layer)
+    with pytest.raises(AdapterError, match=rf"exit_layer must be in 1\.\.2, got {exit_layer}"):
+        Adapter.load(folder, target)
+
+
+def test_fingerprint_tells_models_of_one_shape_apart(target: Transformer) -> None:
+    other = tiny_transformer(target.config, seed=1)
+    assert fingerprint(target) == fingerprint(tiny_transformer(target.config))
+    assert fingerprint(target) != fingerprint(other)
+
+
+def test_adapter_of_another_model_of_the_same_shape_is_refused(target: Transformer, folder: Path) -> None:
+    with pytest.raises(AdapterError, match="another model of the same shape"):
+        Adapter.load(folder, tiny_transformer(target.config, seed=1))
+
+
+@pytest.mark.parametrize(
+    "overrides", [{"hidden_size": 64}, {"vocab_size": 300}, {"num_attention_heads": 8, "head_dim": 8}, {"head_dim": 16}]
+)
+def test_adapter_of_a_model_of_another_shape_is_refused(folder: Path, overrides: dict[str, int]) -> None:
+    other = tiny_transformer(tiny_config(num_hidden_layers=3, **overrides))
+    with pytest.raises(AdapterError, match="is for another model: its"):
+        Adapter.load(folder, other)
+
+
+@pytest.mark.parametrize(
+    "content",
+    [
+        b"",
+        b"{",
+        b"[]",
+        b"\xff\xfe\x00broken",
+        b'{"exit_layer": 1}',
+        b'{"exit_layer": "one"}',
+    ],
+)
+def test_malformed_config_is_refused_in_one_line(target: Transformer, folder: Path, content: bytes) -> None:
+    (folder / CONFIG_FILE).write_bytes(content)
+    with pytest.raises(AdapterError, match="is no adapter config") as caught:
+        Adapter.load(folder, target)
+    assert "\n" not in str(caught.value)
+
+
+def test_config_field_nobody_knows_is_refused_by_name(target: Transformer, folder: Path) -> None:
+    edit_config(folder, exit_layers=2)
+    with pytest.raises(AdapterError, match="exit_layers"):
+        Adapter.load(folder, target)
+
+
+def test_folder_without_config_is_refused(target: Transformer, tmp_path: Path) -> None:
+    with pytest.raises(AdapterError, match=r"holds no adapter: no readable config\.json"):
+        Adapter.load(tmp_path, target)
+
+
+def test_folder_without_weights_is_refused(target: Transformer, folder: Path) -> None:
+    (folder / WEIGHTS_FILE).unlink()
+    with pytest.raises(AdapterError, match=r"holds no adapter\.safetensors"):
+        Adapter.load(folder, target)
+
+
+@pytest.mark.parametrize("keep", [0, 5, 200, -7])
+def test_cut_off_weights_are_refused(target: Transformer, folder: Path, keep: int) -> None:
+    path = folder / WEIGHTS_FILE
+    path.write_bytes(path.read_bytes()[:keep])
+    with pytest.raises(AdapterError, match="is damaged"):
+        Adapter.load(folder, target)
+
+
+def test_weights_of_other_names_or_shapes_are_refused(target: Transformer, folder: Path) -> None:
+    adapter = Adapter.initialize(target, 1)
+    adapter.tensors["qkv"] = adapter.tensors["qkv"][:-1]
+    adapter.save(folder)
+    with pytest.raises(AdapterError, match="must hold"):
+        Adapter.load(folder, target)
+    del adapter.tensors["qkv"]
+    adapter.save(folder)
+    with pytest.raises(AdapterError, match="must hold"):
+        Adapter.load(folder, target)

@@ -1,0 +1,362 @@
+"""Kangaroo shares the target's first layers: nothing is computed twice, nothing is left over, nothing waits."""
+
+from collections import Counter
+from collections.abc import Iterator, Sequence
+from contextlib import contextmanager
+from typing import Any
+
+import pytest
+import torch
+from torch import Tensor
+
+from kangaroo.drafters import kangaroo as module
+from kangaroo.drafters.adapter import Adapter
+from kangaroo.drafters.base import Batch
+from kangaroo.drafters.kangaroo import KangarooDrafter, KangarooSettings
+from kangaroo.drafters.plain import PlainDrafter
+from kangaroo.drafters.stopping import ConfidenceThreshold, FixedLength, StoppingPolicy
+from kangaroo.engine import engine as engine_module
+from kangaroo.engine.engine import Decoding, Engine
+from kangaroo.errors import AdapterError, SettingsError
+from kangaroo.model.cache import CachedPass, KVCache, Segment
+from kangaroo.model.transformer import FullSequencePass, Transformer
+from kangaroo.types import Draft, Outcome, Request, SamplingParams
+from tests.tiny import tiny_config, tiny_transformer
+
+FAMILIES = ["llama", "mistral", "qwen2", "qwen3", "gemma2"]
+EXIT_LAYER = 2
+PROMPT = (9, 77, 210, 31, 5, 66, 66, 140)
+
+
+def tame_target(family: str = "llama") -> Transformer:
+    """A target whose layers from EXIT_LAYER on change little, so that some guesses are right and some are not."""
+    target = tiny_transformer(tiny_config(family, tie_word_embeddings=False), seed=3)
+    for layer in target.layers[EXIT_LAYER:]:
+        if layer.post_attention_norm is not None and layer.post_mlp_norm is not None:
+            layer.post_attention_norm *= 0.15
+            layer.post_mlp_norm *= 0.15
+        else:
+            layer.output *= 0.15
+            layer.down *= 0.15
+    return target
+
+
+def make_drafter(target: Transformer, stopping: StoppingPolicy) -> KangarooDrafter:
+    adapter = Adapter.initialize(target, EXIT_LAYER)
+    shape = adapter.tensors["output"].shape
+    # Small enough to leave most predictions right, large enough to show in every comparison.
+    adapter.tensors["output"] = 0.1 * torch.randn(shape, generator=torch.Generator().manual_seed(4))
+    return KangarooDrafter(target, adapter, stopping=stopping)
+
+
+class Recorder:
+    """Runs a request to its end, keeping every draft with the text it was made for, and every outcome."""
+
+    def __init__(self, drafter: KangarooDrafter, target: Transformer, params: SamplingParams) -> None:
+        self.drafts: list[tuple[list[int], Draft]] = []
+        self.outcomes: list[Outcome] = []
+        self.engine = Engine(target, drafter)
+        self.drafter = drafter
+        self._draft, self._accept = drafter.draft, drafter.accept
+        drafter.draft, drafter.accept = self.draft, self.accept  # type: ignore[method-assign]
+        self.decoding: Decoding = self.engine.begin(Request(PROMPT, params))
+
+    def draft(self, batch: Batch) -> Draft:
+        draft = self._draft(batch)
+        self.drafts.append((list(batch.sequences[0].tokens), draft))
+        self.after_draft(batch, draft)
+        return draft
+
+    def after_draft(self, batch: Batch, draft: Draft) -> None:
+        """A hook for checks between drafting and verification."""
+
+    def accept(self, sequences: Any, outcome: Outcome) -> None:
+        self.outcomes.append(outcome)
+        self._accept(sequences, outcome)
+
+    def finish(self) -> None:
+        while self.decoding.sequence.finish_reason is None:
+            self.engine.step(self.decoding)
+
+    def steps(self) -> Iterator[tuple[list[int], Draft, Outcome]]:
+        """Text, draft and outcome of every step."""
+        for (text, draft), outcome in zip(self.drafts, self.outcomes[1:], strict=True):
+            yield text, draft, outcome
+
+
+def fresh_pass(target: Transformer, tokens: Sequence[int], stop: int) -> tuple[KVCache, Tensor]:
+    """Cache after, and states [T, D] that leave, layers [0, stop) over a whole text in one pass."""
+    cache = KVCache(target.config, 1, num_slots=len(tokens), dtype=torch.float32, device=target.device)
+    attention = CachedPass(cache, [Segment(0, 0, len(tokens))])
+    hidden, _ = target.forward(target.embed(torch.tensor(tokens)), (0, stop), attention=attention)
+    return cache, hidden
+
+
+@pytest.mark.parametrize("family", FAMILIES)
+def test_rows_written_while_drafting_equal_those_of_a_fresh_pass(family: str) -> None:
+    target = tame_target(family)
+
+    class Checking(Recorder):
+        def after_draft(self, batch: Batch, draft: Draft) -> None:
+            text = batch.sequences[0].tokens + draft.tokens[0, 1:].tolist()
+            fresh, hidden = fresh_pass(target, text, EXIT_LAYER)
+            for layer in range(EXIT_LAYER):
+                for mine, other in ((batch.cache.keys, fresh.keys), (batch.cache.values, fresh.values)):
+                    written = mine[layer][0, :, : len(text)]
+                    torch.testing.assert_close(written, other[layer][0], rtol=1e-4, atol=1e-4)
+            assert draft.hidden is not None
+            torch.testing.assert_close(draft.hidden, hidden[-draft.num_nodes[0] :], rtol=1e-4, atol=1e-4)
+
+    recorder = Checking(make_drafter(target, FixedLength(4)), target, SamplingParams(max_new_tokens=24))
+    recorder.finish()
+    assert len(recorder.drafts) > 4
+
+
+@pytest.mark.parametrize("stopping", [FixedLength(3), ConfidenceThreshold(5, 0.4)], ids=["fixed", "threshold"])
+@pytest.mark.parametrize("family", FAMILIES)
+def test_adapter_cache_after_many_steps_equals_a_fresh_pass_of_the_adapter(
+    family: str, stopping: StoppingPolicy
+) -> None:
+    target = tame_target(family)
+    drafter = make_drafter(target, stopping)
+    recorder = Recorder(drafter, target, SamplingParams(max_new_tokens=40))
+    recorder.finish()
+    mine = drafter._cache
+    assert mine is not None
+    tokens = recorder.decoding.sequence.tokens
+    _, hidden = fresh_pass(target, tokens, EXIT_LAYER)
+    adapter, num_rows = drafter._adapter, mine.lengths[0]
+    fresh = KVCache(adapter.model_config, 1, num_slots=num_rows, dtype=torch.float32, device=target.device)
+    adapter.forward(hidden[:num_rows], attention=CachedPass(fresh, [Segment(0, 0, num_rows)]))
+    # Only what the last step committed may still wait for the next draft.
+    (memory,) = drafter._memory.values()
+    assert num_rows + sum(map(len, memory.pending)) == len(tokens) - 1
+    assert num_rows > len(tokens) - 8
+    for kept, expected in ((mine.keys, fresh.keys), (mine.values, fresh.values)):
+        torch.testing.assert_close(kept[0][0, :, :num_rows], expected[0][0], rtol=1e-5, atol=1e-5)
+
+
+@pytest.mark.parametrize("family", ["llama", "gemma2"])
+def test_confidences_and_guesses_are_those_of_the_adapter_over_the_whole_text(family: str) -> None:
+    target = tame_target(family)
+    drafter = make_drafter(target, ConfidenceThreshold(4, 0.4))
+    recorder = Recorder(drafter, target, SamplingParams(max_new_tokens=24))
+    recorder.finish()
+    for text, draft, _ in recorder.steps():
+        if draft.num_nodes[0] == 1:
+            continue
+        tokens = text + draft.tokens[0, 1:-1].tolist()
+        _, hidden = fresh_pass(target, tokens, EXIT_LAYER)
+        attention = FullSequencePass(drafter._adapter.model_config, len(tokens), device=target.device)
+        logits = target.head_logits(drafter._adapter.forward(hidden[None], attention=attention)[0])
+        predicted = torch.softmax(logits[len(text) - 1 :], dim=-1).max(dim=-1)
+        assert draft.confidence is not None
+        assert draft.confidence[0, 0] == 1
+        torch.testing.assert_close(draft.confidence[0, 1:], predicted.values, rtol=1e-4, atol=1e-4)
+        assert draft.tokens[0, 1:].tolist() == predicted.indices.tolist()
+
+
+@pytest.mark.parametrize("stopping", [FixedLength(4), ConfidenceThreshold(5, 0.4)], ids=["fixed", "threshold"])
+def test_every_token_passes_every_layer_once_per_draft(
+    monkeypatch: pytest.MonkeyPatch, stopping: StoppingPolicy
+) -> None:
+    target = tame_target()
+    rows: Counter[int] = Counter()
+    spans: list[tuple[tuple[int, int], int]] = []
+    forward = target.forward
+
+    def spy(hidden: Tensor, span: tuple[int, int], **others: Any) -> Any:
+        spans.append((span, len(hidden)))
+        rows.update({layer: len(hidden) for layer in range(*span)})
+        return forward(hidden, span, **others)
+
+    monkeypatch.setattr(target, "forward", spy)
+    recorder = Recorder(make_drafter(target, stopping), target, SamplingParams(max_new_tokens=30))
+    recorder.finish()
+    num_nodes = [draft.num_nodes[0] for _, draft in recorder.drafts]
+    assert rows == dict.fromkeys(range(target.num_layers), len(PROMPT) + sum(num_nodes))
+    expected = [((0, target.num_layers), len(PROMPT))]
+    for count in num_nodes:
+        expected += [((0, EXIT_LAYER), 1)] * count + [((EXIT_LAYER, target.num_layers), count)]
+    assert spans == expected
+
+
+@pytest.mark.parametrize("stopping", [FixedLength(4), ConfidenceThreshold(5, 0.1)], ids=["fixed", "threshold"])
+def test_adapter_is_fed_each_accepted_token_once(monkeypatch: pytest.MonkeyPatch, stopping: StoppingPolicy) -> None:
+    target = tame_target()
+    drafter = make_drafter(target, stopping)
+    fed: Counter[int] = Counter()
+    forward = drafter._adapter.forward
+
+    def spy(hidden: Tensor, *, attention: CachedPass) -> Tensor:
+        fed.update(attention.positions.tolist())
+        return forward(hidden, attention=attention)
+
+    monkeypatch.setattr(drafter._adapter, "forward", spy)
+    recorder = Recorder(drafter, target, SamplingParams(max_new_tokens=30))
+    recorder.finish()
+    assert drafter._cache is not None
+    expected = Counter(range(drafter._cache.lengths[0]))
+    num_rejected, num_full = 0, 0
+    for text, draft, outcome in recorder.steps():
+        num_guesses, num_kept = draft.num_nodes[0] - 1, len(outcome.paths[0])
+        # The last guess of a draft is never fed; of the other nodes those beyond the path were rejected.
+        rejected = range(len(text) - 1 + num_kept, len(text) - 1 + num_guesses)
+        expected.update(rejected)
+        num_rejected += len(rejected)
+        num_full += num_kept == num_guesses + 1
+    assert fed == expected
+    assert num_rejected > 0
+    assert num_full > 0
+
+
+@contextmanager
+def counting_host_reads(monkeypatch: pytest.MonkeyPatch) -> Iterator[Counter[str]]:
+    reads: Counter[str] = Counter()
+
+    def counted(name: str) -> Any:
+        original = getattr(Tensor, name)
+
+        def wrapper(self: Tensor, *args: Any) -> Any:
+            reads[name] += 1
+            return original(self, *args)
+
+        return wrapper
+
+    with monkeypatch.context() as patch:
+        for name in ("item", "tolist", "__bool__", "__int__", "__float__", "__index__", "numpy", "cpu", "nonzero"):
+            patch.setattr(Tensor, name, counted(name))
+        yield reads
+
+
+@pytest.mark.parametrize("temperature", [0.0, 0.8])
+@pytest.mark.parametrize("family", ["llama", "mistral", "gemma2"])
+@pytest.mark.parametrize("stopping", [FixedLength(4), ConfidenceThreshold(5, 0.3)], ids=["fixed", "threshold"])
+def test_host_waits_for_the_device_only_to_read_the_confidence(
+    monkeypatch: pytest.MonkeyPatch, stopping: StoppingPolicy, family: str, temperature: float
+) -> None:
+    target = tame_target(family)
+    drafter = make_drafter(target, stopping)
+    draft_unwatched, seen = drafter.draft, []
+
+    def watched(batch: Batch) -> Draft:
+        with counting_host_reads(monkeypatch) as reads:
+            draft = draft_unwatched(batch)
+        seen.append((sum(reads.values()), draft.num_nodes[0] - 1))
+        return draft
+
+    monkeypatch.setattr(drafter, "draft", watched)
+    engine = Engine(target, drafter)
+    decoding = engine.begin(Request(PROMPT, SamplingParams(max_new_tokens=20, temperature=temperature)))
+    while decoding.sequence.finish_reason is None:
+        engine.step(decoding)
+    assert sum(num_guesses for _, num_guesses in seen) > 6
+    assert [reads for reads, _ in seen] == [guesses if stopping.reads_confidence else 0 for _, guesses in seen]
+
+
+def drafts_of(stopping: StoppingPolicy, max_new_tokens: int = 30) -> list[tuple[list[int], Draft]]:
+    target = tame_target()
+    recorder = Recorder(make_drafter(target, stopping), target, SamplingParams(max_new_tokens=max_new_tokens))
+    recorder.finish()
+    return recorder.drafts
+
+
+def test_drafting_stops_behind_the_first_token_below_eta_which_is_still_verified() -> None:
+    eta, gamma = 0.4, 6
+    drafts = [(text, draft) for text, draft in drafts_of(ConfidenceThreshold(gamma, eta)) if draft.num_nodes[0] > 1]
+    stopped = 0
+    for text, draft in drafts:
+        assert draft.confidence is not None
+        *before, last = draft.confidence[0, 1:].tolist()
+        assert draft.tokens.shape == draft.confidence.shape == (1, draft.num_nodes[0])
+        assert all(value >= eta for value in before)
+        left = 30 - (len(text) - len(PROMPT)) - 1
+        assert last < eta or len(before) + 1 == min(gamma, left)
+        stopped += last < eta and len(before) > 0
+    assert stopped > 0
+
+
+def test_eta_zero_drafts_gamma_tokens_and_eta_one_drafts_one() -> None:
+    for eta, gamma, expected in [(0.0, 5, 5), (1.0, 5, 1), (0.0, 1, 1)]:
+        drafts = drafts_of(ConfidenceThreshold(gamma, eta))
+        lengths = [draft.num_nodes[0] - 1 for _, draft in drafts]
+        left = [30 - (len(text) - len(PROMPT)) - 1 for text, _ in drafts]
+        assert lengths == [min(expected, room) for room in left]
+
+
+def test_draft_has_no_confidence_when_nobody_reads_it() -> None:
+    assert all(draft.confidence is None for _, draft in drafts_of(FixedLength(3)))
+
+
+@pytest.mark.parametrize("max_new_tokens", range(2, 9))
+def test_draft_never_reaches_beyond_the_last_wanted_token(max_new_tokens: int) -> None:
+    for text, draft in drafts_of(FixedLength(6), max_new_tokens):
+        room = max_new_tokens - (len(text) - len(PROMPT))
+        assert draft.num_nodes[0] - 1 == min(6, room - 1)
+
+
+@pytest.mark.parametrize("num_rows", [1, 3, 8])
+def test_long_prompt_fed_in_blocks_gives_the_same_adapter_cache(monkeypatch: pytest.MonkeyPatch, num_rows: int) -> None:
+    target, caches, texts = tame_target(), [], []
+    for rows in (512, num_rows):
+        monkeypatch.setattr(module, "FEED_ROWS", rows)
+        drafter = make_drafter(target, FixedLength(3))
+        recorder = Recorder(drafter, target, SamplingParams(max_new_tokens=12))
+        recorder.finish()
+        assert drafter._cache is not None
+        caches.append(drafter._cache)
+        texts.append(recorder.decoding.sequence.tokens)
+    assert texts[0] == texts[1]
+    assert caches[0].lengths == caches[1].lengths
+    torch.testing.assert_close(caches[0].keys[0], caches[1].keys[0], rtol=1e-4, atol=1e-4)
+
+
+def test_reused_drafter_decodes_growing_and_shrinking_requests_as_a_fresh_one(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(engine_module, "SLOT_BLOCK", 8)
+    target = tame_target()
+    reused = Engine(target, make_drafter(target, FixedLength(4)))
+    for num_tokens, wanted in [(2, 6), (40, 20), (1, 15), (90, 4), (5, 9)]:
+        request = Request(
+            tuple((17 * i + num_tokens) % 258 for i in range(num_tokens)), SamplingParams(max_new_tokens=wanted)
+        )
+        texts = []
+        for engine in (reused, Engine(target, make_drafter(target, FixedLength(4))), Engine(target, PlainDrafter())):
+            decoding = engine.begin(request)
+            while decoding.sequence.finish_reason is None:
+                engine.step(decoding)
+            engine.end(decoding)
+            texts.append((decoding.sequence.tokens, decoding.accepted_lengths))
+        assert texts[0] == texts[1]
+        assert texts[0][0] == texts[2][0]
+
+
+def test_ended_sequence_leaves_no_memory() -> None:
+    target = tame_target()
+    drafter = make_drafter(target, FixedLength(2))
+    engine = Engine(target, drafter)
+    decoding = engine.begin(Request(PROMPT, SamplingParams()))
+    assert len(drafter._memory) == 1
+    engine.end(decoding)
+    assert drafter._memory == {}
+
+
+@pytest.mark.parametrize("exit_layer", [0, 4])
+def test_adapter_of_an_impossible_exit_layer_is_refused(exit_layer: int) -> None:
+    target = tame_target()
+    adapter = Adapter.initialize(target, EXIT_LAYER)
+    adapter.config.exit_layer = exit_layer
+    with pytest.raises(AdapterError, match=rf"exit_layer must be in 1\.\.3, got {exit_layer}"):
+        KangarooDrafter(target, adapter, stopping=FixedLength(2))
+
+
+def test_settings_go_before_the_adapters_recommendation_and_that_before_the_papers() -> None:
+    adapter = Adapter.initialize(tame_target(), EXIT_LAYER)
+    assert KangarooSettings().stopping(adapter) == ConfidenceThreshold(6, 0.6)
+    adapter.config.gamma, adapter.config.eta = 3, 0.25
+    assert KangarooSettings().stopping(adapter) == ConfidenceThreshold(3, 0.25)
+    assert KangarooSettings(gamma=8, eta=0.9).stopping(adapter) == ConfidenceThreshold(8, 0.9)
+    assert KangarooSettings(eta=0.0).stopping(adapter) == FixedLength(3)
+    with pytest.raises(SettingsError, match="gamma must be at least 1, got 0"):
+        KangarooSettings(gamma=0).stopping(adapter)
+    with pytest.raises(SettingsError, match=r"eta must be in \[0, 1\], got 2"):
+        KangarooSettings(eta=2).stopping(adapter)
