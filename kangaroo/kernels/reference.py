@@ -10,8 +10,11 @@ from torch import Tensor
 
 
 def prepare(weight: Tensor) -> Tensor:
-    """Bring a weight into the form linear() reads: float32 on a CPU, as stored elsewhere."""
-    return weight.float() if weight.device.type == "cpu" else weight
+    """Bring a weight [N, K] or bias [N] into the form linear() reads: float32 on a CPU, as stored elsewhere."""
+    if weight.device.type != "cpu":
+        return weight
+    # Input-major in memory: the row-times-matrix product of plain decoding reads it up to twice as fast.
+    return weight.float().t().contiguous().t() if weight.ndim == 2 else weight.float()
 
 
 def linear(hidden: Tensor, weight: Tensor, *, bias: Tensor | None = None) -> Tensor:
