@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import json
-import math
 from dataclasses import dataclass
 from typing import TYPE_CHECKING, Annotated
 
@@ -17,8 +16,8 @@ if TYPE_CHECKING:
     from rich.console import Console
     from rich.table import Table
 
+    from kangaroo.bench.divergence import Divergence
     from kangaroo.llm import LLM
-    from kangaroo.model.transformer import Transformer
     from kangaroo.types import Completion, Token
 
 demo_app = typer.Typer()
@@ -29,15 +28,6 @@ PROMPT = '''def fibonacci(n):
 # NO_COLOR takes the colours away but leaves bold, which still tells the two apart.
 STYLES = {"draft": "green", "bonus": "bold yellow"}
 WARM_UP_TOKENS = 16
-
-
-@dataclass(frozen=True)
-class Divergence:
-    """Where two texts part: the new token's index, and how far apart the target's two best logits are there."""
-
-    position: int
-    margin: float
-    near_tie: bool
 
 
 @dataclass(frozen=True)
@@ -95,7 +85,7 @@ def demo(
         llm.generate(prompt, SamplingParams(min(WARM_UP_TOKENS, max_new_tokens)))
     slow = _show(console, plain, prompt=prompt, params=params, title="plain decoding")
     fast = _show(console, kangaroo, prompt=prompt, params=params, title="Kangaroo")
-    result = Comparison(slow, fast, divergence=_divergence(plain, prompt, texts=(slow, fast)))
+    result = Comparison(slow, fast, divergence=_find_divergence(plain, prompt, texts=(slow, fast)))
     if json_output:
         print(json.dumps(result.to_dict()), flush=True)
     else:
@@ -127,35 +117,11 @@ def _show(console: Console, llm: LLM, *, prompt: str, params: SamplingParams, ti
     return completion
 
 
-def _divergence(llm: LLM, prompt: str, *, texts: tuple[Completion, Completion]) -> Divergence | None:
-    """The first token on which two texts of a prompt differ, or None where there is none."""
-    first, second = (text.token_ids for text in texts)
-    if first == second:
-        return None
-    pairs = enumerate(zip(first, second, strict=False))
-    position = next((index for index, (one, other) in pairs if one != other), min(len(first), len(second)))
-    shared = [*llm.model.tokenizer.encode(prompt), *first[:position]]
-    margin, bound = _top_margin(llm.model.target, shared)
-    return Divergence(position, margin, near_tie=margin < bound)
+def _find_divergence(llm: LLM, prompt: str, *, texts: tuple[Completion, Completion]) -> Divergence | None:
+    from kangaroo.bench.divergence import find_divergence
 
-
-def _top_margin(target: Transformer, token_ids: list[int]) -> tuple[float, float]:
-    """Distance of the two best logits after token_ids, and the bound below which that is a near-tie.
-
-    The bound is 8 float32 ulps of the larger logit times sqrt(D), D the hidden size.
-    """
-    import torch
-
-    from kangaroo.model.transformer import FullSequencePass
-
-    with torch.inference_mode():
-        tokens = torch.tensor([token_ids], device=target.device)
-        attention = FullSequencePass(target.config, len(token_ids), device=target.device)
-        hidden, _ = target.forward(target.embed(tokens), (0, target.num_layers), attention=attention)
-        top = target.logits(hidden[0, -1]).topk(2).values
-    larger = top.abs().max()
-    ulp = float(torch.nextafter(larger, torch.full_like(larger, math.inf)) - larger)
-    return float(top[0] - top[1]), 8 * ulp * math.sqrt(target.config.hidden_size)
+    prompt_ids = llm.model.tokenizer.encode(prompt)
+    return find_divergence(llm.model.target, prompt_ids, first=texts[0].token_ids, second=texts[1].token_ids)
 
 
 def _print_result(console: Console, result: Comparison) -> None:

@@ -139,7 +139,7 @@ def check_refused(run: Run, argv: list[object], fragment: str) -> None:
         (["--exit-layer", 2], "was trained at exit layer 1, got exit_layer 2"),
         (["--adapter", "/no/such/adapter"], "no adapter folder /no/such/adapter"),
         (["--max-new-tokens", 0], "max_new_tokens must be at least 1, got 0"),
-        (["--max-context", 1], "max_context must be at least 2, got 1"),
+        (["--max-context", 1], "max_context must be in 2..256 (the model's context), got 1"),
         (["--max-context", 4], "the prompt must be under 4 tokens"),
         (["--temperature", -1], "temperature must be 0"),
         (["--seed", -1], "seed must be in 0.."),
@@ -179,7 +179,7 @@ def test_bad_models(run: Run, make_model: MakeModel) -> None:
     check_refused(run, argv, "has no config.json")
 
 
-@pytest.mark.parametrize(("model_layers", "fragment"), [(4, "another model of the same shape"), (1, "exit_layer")])
+@pytest.mark.parametrize(("model_layers", "fragment"), [(4, "another model of the same shape"), (1, "one layer")])
 def test_adapter_of_another_model(
     run: Run, model_folder: Path, make_model: MakeModel, *, model_layers: int, fragment: str
 ) -> None:

@@ -1,0 +1,55 @@
+"""Where two texts of one prompt part, and whether rounding explains it.
+
+Shapes: T positions, V vocabulary.
+"""
+
+import math
+from collections.abc import Sequence
+from dataclasses import dataclass
+
+import torch
+from torch import Tensor
+
+from kangaroo.model.transformer import FullSequencePass, Transformer
+
+
+@dataclass(frozen=True)
+class Divergence:
+    """The first new token on which two texts differ.
+
+    candidates: the two token ids, None where a text had ended; margin: how far apart the target's two best logits
+    are there; near_tie: whether that is under 8 float32 ulps of the larger logit times sqrt(D).
+    """
+
+    position: int
+    candidates: tuple[int | None, int | None]
+    margin: float
+    near_tie: bool
+
+
+def find_divergence(
+    target: Transformer, prompt_ids: Sequence[int], *, first: Sequence[int], second: Sequence[int]
+) -> Divergence | None:
+    """Compare two continuations of a prompt; None where they are equal."""
+    if tuple(first) == tuple(second):
+        return None
+    pairs = enumerate(zip(first, second, strict=False))
+    position = next((index for index, (one, other) in pairs if one != other), min(len(first), len(second)))
+    with torch.inference_mode():
+        logits, _ = run_full_pass(target, [*prompt_ids, *first[:position]])
+        top = logits[-1].topk(2).values
+    larger = top.abs().max()
+    ulp = float(torch.nextafter(larger, torch.full_like(larger, math.inf)) - larger)
+    margin = float(top[0] - top[1])
+    one, other = (text[position] if position < len(text) else None for text in (first, second))
+    return Divergence(position, (one, other), margin, margin < 8 * ulp * math.sqrt(target.config.hidden_size))
+
+
+def run_full_pass(
+    target: Transformer, token_ids: Sequence[int], *, taps: Sequence[int] = ()
+) -> tuple[Tensor, dict[int, Tensor]]:
+    """Logits [T, V] of a whole text in one pass without a cache, and its tapped states [1, T, D]."""
+    attention = FullSequencePass(target.config, len(token_ids), device=target.device)
+    entering = target.embed(torch.tensor([list(token_ids)], device=target.device))
+    hidden, tapped = target.forward(entering, (0, target.num_layers), attention=attention, taps=taps)
+    return target.logits(hidden[0]), tapped

@@ -1,0 +1,68 @@
+"""What a measurement or a bug report depends on: versions, processor, devices, kernels."""
+
+import os
+import platform
+import subprocess
+from importlib.metadata import PackageNotFoundError, version
+from pathlib import Path
+
+import torch
+
+from kangaroo import __version__
+
+PACKAGES = ("torch", "transformers", "tokenizers", "safetensors")
+# The flags that decide which kernels a CPU can run, x86 and Arm.
+INSTRUCTION_SETS = (
+    *("avx", "f16c", "fma", "avx2", "avx_vnni", "avx512f", "avx512bw", "avx512vl", "avx512_vnni", "avx512_bf16"),
+    *("avx512_fp16", "amx_tile", "amx_int8", "amx_bf16", "asimd", "asimddp", "bf16", "i8mm", "sve", "sve2"),
+)
+
+
+def environment() -> dict[str, object]:
+    """The facts by name: text, counts and lists of text; None for what is not installed or not known."""
+    cpu = _cpu_info()
+    flags = set(cpu.get("flags", cpu.get("Features", "")).split())
+    versions = {name: _version(name) for name in PACKAGES}
+    return {
+        "kangaroo": __version__,
+        "commit": _commit(),
+        "python": platform.python_version(),
+        **versions,
+        "platform": platform.platform(),
+        "cpu": cpu.get("model name") or platform.processor() or platform.machine(),
+        "cpu_cores": len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count(),
+        "cpu_flags": [name for name in INSTRUCTION_SETS if name in flags],
+        "threads": torch.get_num_threads(),
+        "cuda_devices": [torch.cuda.get_device_name(index) for index in range(torch.cuda.device_count())],
+        "kernel_backend": "reference",
+    }
+
+
+def _version(package: str) -> str | None:
+    try:
+        return version(package)
+    except PackageNotFoundError:
+        return None
+
+
+def _cpu_info() -> dict[str, str]:
+    """The first processor of /proc/cpuinfo by field; {} where there is no such file."""
+    try:
+        text = Path("/proc/cpuinfo").read_text(encoding="utf-8", errors="replace")
+    except OSError:
+        return {}
+    lines = (line.partition(":") for line in text.split("\n\n")[0].splitlines())
+    return {name.strip(): value.strip() for name, _, value in lines}
+
+
+def _commit() -> str | None:
+    """Short hash of the checkout this file lies in, marked where the package has uncommitted changes."""
+    folder = str(Path(__file__).parents[1])
+    try:
+        head, changes = (
+            subprocess.run(["git", "-C", folder, *words], capture_output=True, text=True, check=True).stdout.strip()
+            for words in (["rev-parse", "--short", "HEAD"], ["status", "--porcelain", "."])
+        )
+    except (OSError, subprocess.CalledProcessError):
+        return None
+    return head + ("+changes" if changes else "")

@@ -1,0 +1,38 @@
+"""How a result is kept: one JSON file and one Markdown file, stamped with command, commit, versions, hardware."""
+
+import json
+import sys
+import time
+from collections.abc import Sequence
+from pathlib import Path
+
+from kangaroo.bench.environment import environment
+
+
+def stamp() -> dict[str, object]:
+    """The environment and the command of this process; of every path only the last part is kept."""
+    words = ["=".join(Path(part).name for part in word.split("=")) for word in sys.argv[1:]]
+    script = "/".join(Path(sys.argv[0]).parts[-2:])
+    command = " ".join(["python", script, *words])
+    return {"command": command, "date": time.strftime("%Y-%m-%d"), **environment()}
+
+
+def stamp_text(facts: dict[str, object]) -> str:
+    """The stamp as Markdown."""
+    versions = ", ".join(f"{name} {facts[name]}" for name in ("kangaroo", "python", "torch", "transformers"))
+    hardware = f"{facts['cpu']}, {facts['cpu_cores']} cores, {facts['threads']} threads"
+    parts = [f"{facts['date']}, commit {facts['commit']}", hardware, versions, f"{facts['kernel_backend']} kernels"]
+    return f"Command: `{facts['command']}`\n\n{'; '.join(parts)}."
+
+
+def markdown_table(header: Sequence[str], rows: Sequence[Sequence[object]]) -> str:
+    """A Markdown table; floats get three significant digits."""
+    cells = [[f"{cell:.3g}" if isinstance(cell, float) else str(cell) for cell in row] for row in rows]
+    return "\n".join("| " + " | ".join(row) + " |" for row in [list(header), ["---"] * len(header), *cells])
+
+
+def write_result(stem: Path, result: dict[str, object], *, text: str) -> None:
+    """Write stem.json and stem.md."""
+    stem.parent.mkdir(parents=True, exist_ok=True)
+    stem.with_suffix(".json").write_text(json.dumps(result, indent=1) + "\n", encoding="utf-8")
+    stem.with_suffix(".md").write_text(text.rstrip() + "\n", encoding="utf-8")
