@@ -74,6 +74,12 @@ class Segment:
             depths.append(0 if parent < 0 else depths[parent] + 1)
         return depths
 
+    def positions(self, device: torch.device) -> Tensor:
+        """[R] int64: every row's position; a chain's are made on the device, without waiting for it."""
+        if self.parents is None:
+            return torch.arange(self.start, self.start + self.num_rows, device=device)
+        return torch.tensor([self.start + depth for depth in self.depths()], device=device)
+
     def visibility(self) -> Tensor:
         """[R, R] bool: which rows of the segment each row descends from, itself included."""
         if self.parents is None:
@@ -93,12 +99,12 @@ class CachedPass:
         self._cache = cache
         self._segments = segments
         device = cache.keys[0].device
-        own = [torch.tensor([segment.start + d for d in segment.depths()]) for segment in segments]
+        own = [segment.positions(device) for segment in segments]
         self.num_positions = max(segment.start + segment.num_rows for segment in segments)
-        self.positions = torch.cat(own).to(device)
+        self.positions = own[0] if len(own) == 1 else torch.cat(own)
         windows = set(cache.config.windows)
         self._masks = [
-            {window: _mask(segment, positions, window=window, device=device) for window in windows}
+            {window: _mask(segment, positions, window=window) for window in windows}
             for segment, positions in zip(segments, own, strict=True)
         ]
 
@@ -131,12 +137,13 @@ class CachedPass:
         return out[0].transpose(0, 1).flatten(-2)
 
 
-def _mask(segment: Segment, positions: Tensor, *, window: int | None, device: torch.device) -> Tensor | None:
+def _mask(segment: Segment, positions: Tensor, *, window: int | None) -> Tensor | None:
     """Additive mask [R, S] of a segment, or None where every row sees every slot."""
     stop = segment.start + segment.num_rows
     if segment.num_rows == 1 and (window is None or stop <= window):
         return None
-    slot_positions = torch.cat([torch.arange(segment.start), positions])
+    slot_positions = torch.cat([torch.arange(segment.start, device=positions.device), positions])
     mask = causal_mask(positions[:, None] - slot_positions, window=window)
-    mask[:, segment.start :].masked_fill_(~segment.visibility(), float("-inf"))
-    return mask.to(device)
+    if segment.parents is not None:
+        mask[:, segment.start :].masked_fill_(~segment.visibility().to(positions.device), float("-inf"))
+    return mask
