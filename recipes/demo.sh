@@ -1,0 +1,64 @@
+#!/usr/bin/env bash
+# Make the bundled demo model and its adapter from the Python source on this machine. Nothing is fetched.
+#
+#   recipes/demo.sh
+#
+# A step whose result lies in build/demo is skipped, and an interrupted training goes on where it was: to make a
+# step again, delete its folder and those of the steps after it.
+#
+# MINUTES         how long to pre-train
+# ADAPTER_STEPS   how many steps to train the adapter
+# HUMANEVAL       HumanEval.jsonl.gz, an absolute path: its problems are kept out of the corpus and measure the model
+set -euo pipefail
+
+cd "$(dirname "$0")/.."
+export PYTHONPATH=.  # the package of this checkout, not an installed one
+python=.venv/bin/python
+corpus=build/demo/corpus target=build/demo/target model=build/demo/model adapter=build/demo/adapter
+installed=kangaroo/assets/demo
+
+# The program of this checkout, whether or not it is installed.
+kangaroo() { $python -c 'from kangaroo.cli import main; main()' "$@"; }
+step() { printf '\n== %s\n' "$*"; }
+
+# What a step writes last tells whether it came to its end.
+step "corpus: $corpus"
+if [[ ! -e $corpus/corpus.json ]]; then
+    if [[ -n ${HUMANEVAL:-} ]]; then
+        $python recipes/corpus.py --output $corpus --exclude-jsonl "$HUMANEVAL"
+    else
+        echo "HUMANEVAL is not set: benchmark problems are not kept out"
+        $python recipes/corpus.py --output $corpus
+    fi
+fi
+
+step "target: $target"
+if ! grep -qs '"done": true' $target/progress.json; then
+    $python recipes/pretrain.py --corpus $corpus --output $target --minutes "${MINUTES:-88}" --batch-tokens 4096
+fi
+
+step "checkpoint: $model"
+if [[ ! -e $model/generation_config.json ]]; then
+    $python recipes/export.py --state $target --corpus $corpus --output $model
+fi
+
+step "adapter: $adapter"
+if [[ ! -e $adapter/report.json ]]; then
+    resume=()
+    if [[ -e $adapter/checkpoint/state.safetensors ]]; then resume=(--resume); fi
+    kangaroo train adapter --model $model --data $corpus/sample.jsonl --exit-layer 2 --output $adapter \
+        --steps "${ADAPTER_STEPS:-1000}" ${resume[@]+"${resume[@]}"}
+fi
+
+step "bundled: $installed"
+mkdir -p $installed/adapter
+# install sets the mode, since safetensors are written for their owner alone.
+install -m 644 $model/{config,generation_config,tokenizer,tokenizer_config}.json $model/model.safetensors $installed
+install -m 644 $adapter/{config.json,adapter.safetensors,report.json} $installed/adapter
+
+step "loss on HumanEval"
+if [[ -n ${HUMANEVAL:-} ]]; then
+    $python recipes/evaluate.py --model demo --problems "$HUMANEVAL"
+else
+    echo "HUMANEVAL is not set: skipped"
+fi
