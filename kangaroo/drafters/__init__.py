@@ -1,3 +1,3 @@
-"""The drafters by name; each is imported only when it is built."""
+"""Everything that guesses, and the rules for when to stop guessing."""
 
 NAMES = ("plain", "kangaroo")

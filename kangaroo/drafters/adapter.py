@@ -11,7 +11,7 @@ from pathlib import Path
 from typing import Literal
 
 import torch
-from pydantic import BaseModel, ConfigDict, ValidationError
+from pydantic import BaseModel, ConfigDict, Field, ValidationError
 from safetensors import SafetensorError, safe_open
 from safetensors.torch import save_file
 from torch import Tensor
@@ -37,8 +37,8 @@ class AdapterConfig(BaseModel):
     head_dim: int
     vocab_size: int
     target_fingerprint: str
-    gamma: int | None = None
-    eta: float | None = None
+    gamma: int | None = Field(default=None, ge=1)
+    eta: float | None = Field(default=None, ge=0, le=1)
 
 
 class Adapter:
@@ -53,9 +53,12 @@ class Adapter:
         self.rotary = Rotary(model_config.rope, model_config.head_dim, device=device)
 
     @classmethod
-    def initialize(cls, target: Transformer, exit_layer: int, *, seed: int = 0, from_target: bool = True) -> "Adapter":
-        """A new adapter for target at exit_layer; from_target starts the norms at the target's own.
+    def initialize(
+        cls, target: Transformer, exit_layer: int, *, seed: int = 0, initialization: str = "target"
+    ) -> "Adapter":
+        """A new adapter for target at exit_layer.
 
+        initialization: where the norms start, "target" for the target's own or "ones".
         Raises AdapterError where exit_layer is outside 1..L-1.
         """
         check_exit_layer(exit_layer, target.num_layers)
@@ -63,7 +66,8 @@ class Adapter:
         size, inner = model.hidden_size, model.num_heads * model.head_dim
         generator = torch.Generator().manual_seed(seed)
         ones = torch.ones(size)
-        norms = (target.layers[exit_layer].input_norm, target.final_norm) if from_target else (ones, ones)
+        own = (target.layers[exit_layer].input_norm, target.final_norm)
+        norms = own if initialization == "target" else (ones, ones)
         tensors = {
             "input_norm": norms[0].detach().float().clone(),
             "qkv": torch.randn(3 * inner, size, generator=generator) * size**-0.5,
@@ -98,11 +102,11 @@ class Adapter:
                                    f"the target's {value}; train one for this target")  # fmt: skip
         if config.target_fingerprint != fingerprint(target):
             raise AdapterError(f"{folder} is for another model of the same shape; train one for this target")
-        dtype = target.embedding.dtype
-        tensors = {
-            name: tensor.to(target.device, torch.float32 if "norm" in name else dtype)
-            for name, tensor in _read_tensors(folder, model).items()
-        }
+        tensors = {}
+        for name, tensor in _read_tensors(folder, model).items():
+            dtype = torch.float32 if tensor.ndim == 1 else target.embedding.dtype
+            placed = tensor.to(target.device, dtype)
+            tensors[name] = placed if tensor.ndim == 1 else reference.prepare(placed)
         return cls(config, target.config, tensors=tensors)
 
     def save(self, folder: Path, *, dtype: torch.dtype = torch.float32) -> None:
@@ -140,9 +144,19 @@ def attention_config(config: ModelConfig) -> ModelConfig:
 
 
 def fingerprint(target: Transformer) -> str:
-    """Short hash of the target's final norm, which stays float32 and so the same in every weight dtype."""
-    content = target.final_norm.detach().float().cpu().numpy().tobytes()
-    return hashlib.sha256(content).hexdigest()[:16]
+    """Short hash of the target's norms, rounded to bfloat16: the same in every dtype it is loaded or saved in.
+
+    A fine-tune that leaves the norms alone shares it; an adapter fits such a model, only less well.
+    """
+    norms = [*(layer.input_norm for layer in target.layers), *(layer.mlp_norm for layer in target.layers)]
+    rounded = torch.cat([*norms, target.final_norm]).detach().bfloat16().float().cpu()
+    return hashlib.sha256(rounded.numpy().tobytes()).hexdigest()[:16]
+
+
+def tensor_shapes(model: ModelConfig) -> dict[str, tuple[int, ...]]:
+    """Shape of every adapter weight for this model; 4 D^2 numbers in all where H * E = D."""
+    size, inner = model.hidden_size, model.num_heads * model.head_dim
+    return {"input_norm": (size,), "qkv": (3 * inner, size), "output": (size, inner), "final_norm": (size,)}
 
 
 def check_exit_layer(exit_layer: int, num_layers: int) -> None:
@@ -167,9 +181,7 @@ def read_config(folder: Path) -> AdapterConfig:
 
 
 def _read_tensors(folder: Path, model: ModelConfig) -> dict[str, Tensor]:
-    path = folder / WEIGHTS_FILE
-    size, inner = model.hidden_size, model.num_heads * model.head_dim
-    shapes = {"input_norm": (size,), "qkv": (3 * inner, size), "output": (size, inner), "final_norm": (size,)}
+    path, shapes = folder / WEIGHTS_FILE, tensor_shapes(model)
     try:
         with safe_open(path, framework="pt") as file:
             tensors = {name: file.get_tensor(name) for name in file.keys()}

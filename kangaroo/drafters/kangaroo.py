@@ -79,6 +79,7 @@ class KangarooDrafter:
         """Make room in the adapter's own cache."""
         target = self._target
         if self._cache is None or self._cache.num_slots < num_slots:
+            self._cache = None  # freed before the larger one is allocated
             self._cache = KVCache(
                 self._adapter.model_config,
                 num_sequences=1,
@@ -94,7 +95,8 @@ class KangarooDrafter:
         """Feed the adapter what it has not seen, then draft token by token until the stopping rule says so."""
         (sequence,) = batch.sequences
         memory = self._memory[sequence]
-        root = torch.tensor([sequence.tokens[-1]], device=self._target.device)
+        # Filled on the device: a copy from the host would wait for it.
+        root = torch.full((1,), sequence.tokens[-1], device=self._target.device)
         gamma = min(self._stopping.max_length, sequence.max_draft)
         guesses: list[Tensor] = []
         confidences: list[Tensor] = []
@@ -130,7 +132,7 @@ class KangarooDrafter:
     def end(self, sequences: SequenceOf[Sequence]) -> None:
         """Forget these sequences."""
         for sequence in sequences:
-            del self._memory[sequence]
+            self._memory.pop(sequence, None)
 
     def _run_shallow(self, batch: Batch, token: Tensor, *, offset: int) -> Tensor:
         """Layers [0, e) over token [1], offset slots after the cached ones, on the target's own cache; [1, D]."""

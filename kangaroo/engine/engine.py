@@ -58,8 +58,8 @@ class Engine:
         num_slots = min(len(prompt) + request.params.max_new_tokens, self.context_length)
         if self._running is not None:
             self.end(self._running)
-        decoding = self._running = Decoding(Sequence(request, slot=0, tokens=prompt))
         cache = self._cache_for(num_slots)
+        decoding = self._running = Decoding(Sequence(request, slot=0, tokens=prompt))
         started_s = self._now_s()
         with torch.inference_mode():
             self.drafter.begin([decoding.sequence], num_slots=cache.num_slots)
@@ -106,6 +106,7 @@ class Engine:
 
     def _cache_for(self, num_slots: int) -> KVCache:
         if self._cache is None or self._cache.num_slots < num_slots:
+            self._cache = None  # freed before the larger one is allocated
             self._cache = KVCache(
                 self.target.config,
                 num_sequences=1,

@@ -3,6 +3,8 @@
 Shapes: B sequences, N draft nodes (padded), R packed nodes of all sequences, D hidden size, V vocabulary.
 """
 
+from dataclasses import replace
+
 import torch
 from torch import Tensor
 
@@ -58,7 +60,10 @@ def decode_step(batch: Batch, drafter: Drafter) -> tuple[Draft, Outcome]:
     params = [sequence.request.params for sequence in batch.sequences]
     choices = choose(target.logits(hidden), attention.positions, params=params, num_rows=draft.num_nodes)
     padded = torch.nn.utils.rnn.pad_sequence(list(choices.split(draft.num_nodes)), batch_first=True, padding_value=-1)
-    outcome = _commit(batch, draft, paths=walk(draft, padded), choices=padded, taps=taps)
+    # The one read of the device: the draft may still be under way until here.
+    tokens, choices = torch.stack([draft.tokens, padded]).cpu()
+    draft = replace(draft, tokens=tokens)
+    outcome = _commit(batch, draft, paths=walk(draft, choices), choices=choices, taps=taps)
     drafter.accept(batch.sequences, outcome)
     return draft, outcome
 
@@ -72,8 +77,15 @@ def _commit(batch: Batch, draft: Draft, *, paths: Tensor, choices: Tensor, taps:
         batch.cache.keep(sequence.slot, path)
         # Every accepted node's token is its parent's pick, and the last pick is the bonus token.
         emitted.append(tuple(picks[node] for node in path))
-        index = torch.tensor(path, device=batch.target.device) + first_row
-        tapped.append({layer: states[index] for layer, states in taps.items()})
+        rows_kept = _select(path, first_row)
+        tapped.append({layer: states[rows_kept] for layer, states in taps.items()})
         kept.append(tuple(path))
         first_row += num_nodes
     return Outcome(paths=tuple(kept), tokens=tuple(emitted), taps=tuple(tapped))
+
+
+def _select(path: list[int], first_row: int) -> slice | Tensor:
+    """The packed rows of a path's nodes; those of a chain are a slice, which needs no index on the device."""
+    if path == list(range(len(path))):
+        return slice(first_row, first_row + len(path))
+    return torch.tensor(path) + first_row

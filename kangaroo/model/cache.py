@@ -20,20 +20,17 @@ class KVCache:
     and what is not kept afterwards is overwritten by the next pass.
     """
 
-    def __init__(self, config: ModelConfig, num_sequences: int, *, num_slots: int, dtype: torch.dtype,
-                 device: torch.device, num_layers: int | None = None) -> None:  # fmt: skip
-        """num_slots: tokens a sequence may hold; num_layers: the model's own unless told."""
+    def __init__(
+        self, config: ModelConfig, num_sequences: int, *, num_slots: int, dtype: torch.dtype, device: torch.device
+    ) -> None:
+        """num_slots: tokens a sequence may hold; a pass may use them all."""
         self.config = config
         self.num_slots = num_slots
         self.lengths = [0] * num_sequences
         shape = (num_sequences, config.num_kv_heads, num_slots, config.head_dim)
-        layers = range(config.num_layers if num_layers is None else num_layers)
+        layers = range(config.num_layers)
         self.keys = [torch.zeros(shape, dtype=dtype, device=device) for _ in layers]
         self.values = [torch.zeros(shape, dtype=dtype, device=device) for _ in layers]
-
-    @property
-    def cache_bytes(self) -> int:
-        return sum(2 * keys.numel() * keys.element_size() for keys in self.keys)
 
     def truncate(self, sequence: int, num_tokens: int) -> None:
         """Forget everything of a sequence beyond its first num_tokens."""

@@ -69,9 +69,11 @@ class Rotary:
         """Cosine and signed sine [..., 1, E] at positions [...], all below num_positions (known on the host)."""
         if self._tables.shape[1] < num_positions:
             size = 1 << (num_positions - 1).bit_length()
-            angles = torch.arange(size, device=positions.device)[:, None].float() * self._frequencies
-            cosine, sine = angles.cos(), angles.sin()
-            self._tables = torch.stack([torch.cat([cosine, cosine], -1), torch.cat([-sine, sine], -1)])[:, :, None]
+            # Tables made while decoding serve training too, which inference tensors could not.
+            with torch.inference_mode(False):
+                angles = torch.arange(size, device=positions.device)[:, None].float() * self._frequencies
+                cosine, sine = angles.cos(), angles.sin()
+                self._tables = torch.stack([torch.cat([cosine, cosine], -1), torch.cat([-sine, sine], -1)])[:, :, None]
         return self._tables[0][positions], self._tables[1][positions]
 
 

@@ -1,6 +1,7 @@
 """Adapters: saved and loaded unchanged, and refused in one line where they do not fit the target."""
 
 import json
+import math
 from pathlib import Path
 from typing import Any
 
@@ -8,10 +9,18 @@ import pytest
 import torch
 from torch import Tensor
 
-from kangaroo.drafters.adapter import CONFIG_FILE, WEIGHTS_FILE, Adapter, fingerprint
+from kangaroo.drafters.adapter import (
+    CONFIG_FILE,
+    WEIGHTS_FILE,
+    Adapter,
+    attention_config,
+    fingerprint,
+    tensor_shapes,
+)
 from kangaroo.errors import AdapterError
 from kangaroo.model.cache import CachedPass, KVCache, Segment
 from kangaroo.model.transformer import FullSequencePass, Transformer
+from kangaroo.model.weights import assemble, disassemble
 from tests.tiny import tiny_config, tiny_transformer
 
 FAMILIES = ["llama", "mistral", "qwen2", "qwen3", "gemma2"]
@@ -170,3 +179,21 @@ def test_weights_of_other_names_or_shapes_are_refused(target: Transformer, folde
     adapter.save(folder)
     with pytest.raises(AdapterError, match="must hold"):
         Adapter.load(folder, target)
+
+
+def test_adapter_of_a_7b_model_has_67_million_parameters() -> None:
+    config = tiny_config(hidden_size=4096, num_attention_heads=32, num_key_value_heads=32, head_dim=128)
+    sizes = {name: math.prod(shape) for name, shape in tensor_shapes(attention_config(config)).items()}
+    assert sum(sizes.values()) == 4 * 4096**2 + 2 * 4096
+    assert round(sum(sizes.values()) / 1e6) == 67
+
+
+def test_fingerprint_is_the_same_in_every_dtype_and_differs_between_models(target: Transformer) -> None:
+    tensors = disassemble(target)
+    rounded = {name: tensor.bfloat16() for name, tensor in tensors.items()}
+    for given, dtype in ((tensors, torch.float16), (rounded, torch.float32)):
+        reloaded = assemble(given, target.config, dtype=dtype, device=target.device)
+        assert fingerprint(reloaded) == fingerprint(target)
+    tensors["model.layers.1.input_layernorm.weight"] = tensors["model.layers.1.input_layernorm.weight"] * 1.1
+    other = assemble(tensors, target.config, dtype=torch.float32, device=target.device)
+    assert fingerprint(other) != fingerprint(target)

@@ -12,6 +12,7 @@ from torch import Tensor
 from kangaroo.drafters import kangaroo as module
 from kangaroo.drafters.adapter import Adapter
 from kangaroo.drafters.base import Batch
+from kangaroo.drafters.base import Sequence as DecodedSequence
 from kangaroo.drafters.kangaroo import KangarooDrafter, KangarooSettings
 from kangaroo.drafters.plain import PlainDrafter
 from kangaroo.drafters.stopping import ConfidenceThreshold, FixedLength, StoppingPolicy
@@ -338,6 +339,11 @@ def test_ended_sequence_leaves_no_memory() -> None:
     assert len(drafter._memory) == 1
     engine.end(decoding)
     assert drafter._memory == {}
+
+
+def test_sequence_that_never_began_is_ended_without_complaint() -> None:
+    drafter = make_drafter(tame_target(), FixedLength(2))
+    drafter.end([DecodedSequence(Request(PROMPT, SamplingParams()), slot=0, tokens=list(PROMPT))])
 
 
 @pytest.mark.parametrize("exit_layer", [0, 4])

@@ -237,6 +237,21 @@ def test_request_given_up_for_another_is_forgotten_by_the_drafter(target: Transf
     assert drafter.held == {second.sequence}
 
 
+def test_request_after_one_that_could_not_begin_is_decoded(target: Transformer, text: list[int]) -> None:
+    class FailingOnce(PlainDrafter):
+        has_failed = False
+
+        def begin(self, sequences: SequenceOf[Sequence], *, num_slots: int) -> None:
+            if not self.has_failed:
+                self.has_failed = True
+                raise MemoryError
+
+    engine = Engine(target, FailingOnce())
+    with pytest.raises(MemoryError):
+        engine.begin(Request(PROMPT, SamplingParams(max_new_tokens=40)))
+    assert decode(engine, SamplingParams(max_new_tokens=40)).sequence.tokens == text
+
+
 def test_ended_request_is_forgotten_by_the_drafter_finished_or_not(target: Transformer) -> None:
     drafter = TextDrafter([], gamma=2)
     engine = Engine(target, drafter)

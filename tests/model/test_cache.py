@@ -162,10 +162,3 @@ def test_positions_follow_the_depths() -> None:
     attention = CachedPass(cache, [Segment(0, 7, 4, (-1, 0, 0, 2)), Segment(1, 3, 2)])
     assert attention.positions.tolist() == [7, 8, 8, 9, 3, 4]
     assert attention.num_positions > 9
-
-
-def test_size_of_a_cache() -> None:
-    config = tiny_config("qwen3")
-    cache = KVCache(config, 3, num_slots=10, dtype=torch.float32, device=CPU, num_layers=1)
-    assert cache.cache_bytes == 2 * 3 * config.num_kv_heads * 10 * config.head_dim * 4
-    assert cache.lengths == [0, 0, 0]

@@ -158,3 +158,15 @@ def test_causal_mask_window_counts_the_row_itself() -> None:
     offsets = torch.arange(5)[:, None] - torch.arange(5)
     assert (causal_mask(offsets, window=2) == 0).sum(dim=1).tolist() == [1, 2, 2, 2, 2]
     assert (causal_mask(offsets, window=None) == 0).sum(dim=1).tolist() == [1, 2, 3, 4, 5]
+
+
+def test_tables_made_while_decoding_serve_training() -> None:
+    model = tiny_transformer(tiny_config())
+    hidden = torch.randn(1, 9, model.config.hidden_size)
+    attention = FullSequencePass(model.config, 9, device=model.device)
+    with torch.inference_mode():
+        model.forward(hidden, (0, 1), attention=attention)
+    model.layers[0].qkv.requires_grad_()
+    output, _ = model.forward(hidden, (0, 1), attention=attention)
+    output.sum().backward()
+    assert model.layers[0].qkv.grad is not None
