@@ -3,15 +3,21 @@
 from __future__ import annotations
 
 import json
+import sys
 from collections.abc import Iterator
 from pathlib import Path
-from typing import TYPE_CHECKING, Annotated, Any
+from typing import TYPE_CHECKING, Annotated, Any, Literal
 
 import typer
+
+from kangaroo.cli.shared import Dtype, JsonOption, ModelOption
 
 if TYPE_CHECKING:
     from kangaroo.train.adapter import Progress
     from kangaroo.train.plan import AdapterPlan
+
+Initialization = Literal["target", "ones"]
+Precision = Literal["auto", "float32", "bfloat16"]
 
 train_app = typer.Typer(help="Train the small parts a drafter adds to a model.", no_args_is_help=True)
 
@@ -23,7 +29,7 @@ def train() -> None:
 
 @train_app.command()
 def adapter(
-    model: Annotated[str, typer.Option(help="Model folder, hub id, or 'demo'.")],
+    model: Annotated[str, ModelOption],
     data: Annotated[list[Path], typer.Option(help="A .txt, .jsonl or source file, or a folder; repeatable.")],
     output: Annotated[Path, typer.Option(help="Folder for the adapter, its report and the checkpoint.")],
     exit_layer: Annotated[int, typer.Option(help="Layers the draft runs, in 1..L-1.")] = 2,
@@ -36,32 +42,52 @@ def adapter(
     seed: Annotated[int, typer.Option(help="Seed of initial weights and batch order.")] = 0,
     evaluate_every: Annotated[int, typer.Option(help="Steps between held-out evaluations.")] = 100,
     checkpoint_every: Annotated[int, typer.Option(help="Steps between checkpoints.")] = 100,
-    initialization: Annotated[str, typer.Option(help="Where the norms start: target or ones.")] = "target",
-    precision: Annotated[str, typer.Option(help="Matrix products in training: auto, float32 or bfloat16.")] = "auto",
-    dtype: Annotated[str, typer.Option(help="Saved weights: float32, bfloat16 or float16.")] = "float32",
-    device: Annotated[str, typer.Option(help="cpu or cuda[:N].")] = "cpu",
+    initialization: Annotated[
+        Initialization, typer.Option(help="Where the norms start: at the target's own or at ones.")
+    ] = "target",
+    precision: Annotated[
+        Precision, typer.Option(help="What matrices multiply in; auto is bfloat16 where the machine has it.")
+    ] = "auto",
+    dtype: Annotated[Dtype, typer.Option(help="Storage of the saved weights.")] = "float32",
+    device: Annotated[str, typer.Option(help="cpu, cuda, or a numbered device like cuda:0.")] = "cpu",
     resume: Annotated[bool, typer.Option("--resume", help="Continue from the checkpoint in --output.")] = False,
-    json_output: Annotated[bool, typer.Option("--json", help="Print the report as one JSON object.")] = False,
+    json_output: Annotated[bool, JsonOption] = False,
 ) -> None:
     """Distil the Kangaroo adapter of a model from its own predictions on your data."""
-    import torch
     from rich.console import Console
 
-    from kangaroo.llm import load_model
-    from kangaroo.train.adapter import RESULTS, train_adapter
+    from kangaroo.llm import load_model, resolve_device
+    from kangaroo.train.adapter import RESULTS, check_plan, train_adapter
     from kangaroo.train.checkpoint import prepare_output
     from kangaroo.train.data import Dataset, read_corpus
     from kangaroo.train.plan import AdapterPlan, resolve_precision
 
-    precision = resolve_precision(precision, torch.device(device.partition(":")[0]))
-    plan = AdapterPlan(model, exit_layer, steps, batch_size, sequence_length, learning_rate, warmup_steps, weight_decay,
-                       seed, evaluate_every, checkpoint_every, initialization, precision, dtype)  # fmt: skip
+    where = resolve_device(device)
+    plan = AdapterPlan(
+        model=model,
+        exit_layer=exit_layer,
+        num_steps=steps,
+        batch_size=batch_size,
+        sequence_length=sequence_length,
+        learning_rate=learning_rate,
+        warmup_steps=warmup_steps,
+        weight_decay=weight_decay,
+        seed=seed,
+        evaluate_every=evaluate_every,
+        checkpoint_every=checkpoint_every,
+        initialization=initialization,
+        precision=resolve_precision(precision, where),
+        dtype=dtype,
+    )
     prepare_output(output, resume=resume, results=RESULTS)
     with Console(stderr=True).status("loading the model and reading the data"):
-        loaded = load_model(model, dtype=precision if device.startswith("cuda") else "float32", device=device)
+        loaded = load_model(model, dtype=plan.precision if where.type == "cuda" else "float32", device=device)
+        check_plan(plan, loaded.target)
         # Of several EOS ids the lowest is the one that ends documents (Llama 3, Qwen); the others end turns.
         corpus = read_corpus(data, loaded.tokenizer, eos_id=min(loaded.eos_ids, default=None))
-        dataset = Dataset(corpus, sequence_length=sequence_length)
+    if note := corpus.skipped_note():
+        print(note, file=sys.stderr)
+    dataset = Dataset(corpus, sequence_length=sequence_length)
     report = _follow(train_adapter(loaded.target, dataset, plan=plan, output=output, resume=resume), plan)
     if json_output:
         print(json.dumps(report))

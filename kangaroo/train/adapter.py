@@ -59,16 +59,11 @@ def train_adapter(
 ) -> Iterator[Progress]:
     """Train step by step; the last step leaves config.json, adapter.safetensors and report.json in output.
 
-    With resume, continue from output's checkpoint exactly where an uninterrupted run would be. Raises
-    AdapterError for an exit layer outside 1..L-1, SettingsError, DataError, OutputError or ResumeError.
+    With resume, continue from output's checkpoint exactly where an uninterrupted run would be. The call itself
+    checks what can be checked before training. Raises AdapterError for an exit layer outside 1..L-1,
+    SettingsError, DataError, OutputError or ResumeError.
     """
-    check_exit_layer(plan.exit_layer, target.num_layers)
-    if plan.sequence_length > target.config.context_length:
-        raise SettingsError(f"sequence_length must be at most {target.config.context_length}, the model's context, "
-                            f"got {plan.sequence_length}")  # fmt: skip
-    if plan.precision == "float32" and target.embedding.dtype != torch.float32:
-        raise SettingsError(f"precision float32 needs the target in float32, got {target.embedding.dtype}; "
-                            "load it so or choose bfloat16")  # fmt: skip
+    check_plan(plan, target)
     largest = max(dataset.train.max_token, dataset.held_out.max_token)
     if largest >= target.config.vocab_size:
         raise DataError(f"the tokenizer makes id {largest}, the model knows {target.config.vocab_size}: "
@@ -77,6 +72,11 @@ def train_adapter(
     run = AdapterRun(target, dataset, plan=plan)
     if resume:
         run.restore(output)
+    return _train(run, output)
+
+
+def _train(run: "AdapterRun", output: Path) -> Iterator[Progress]:
+    plan = run.plan
     while run.step < plan.num_steps:
         progress = run.advance()
         if run.step % plan.checkpoint_every == 0 or run.step == plan.num_steps:
@@ -87,14 +87,31 @@ def train_adapter(
     yield Progress(run.step, run.loss, run.tokens_per_s, metrics=report["metrics"], report=report)
 
 
+def check_plan(plan: AdapterPlan, target: Transformer) -> None:
+    """Raise AdapterError or SettingsError where the plan does not suit the target."""
+    check_exit_layer(plan.exit_layer, target.num_layers)
+    if plan.sequence_length > target.config.context_length:
+        raise SettingsError(f"sequence_length must be at most {target.config.context_length}, the model's context, "
+                            f"got {plan.sequence_length}")  # fmt: skip
+    if plan.precision == "float32" and target.embedding.dtype != torch.float32:
+        raise SettingsError(f"precision float32 needs the target in float32, got {target.embedding.dtype}; "
+                            "load it so or choose bfloat16")  # fmt: skip
+
+
+def draft_cost(target: Transformer, adapter: Adapter) -> float:
+    """Time of drafting one token in plain decoding steps, by the parameters each of them reads."""
+    layers = [sum(tensor.numel() for tensor in layer.tensors().values()) for layer in target.layers]
+    extra = sum(tensor.numel() for tensor in adapter.tensors.values())
+    head = target.head.numel()
+    return (sum(layers[: adapter.config.exit_layer]) + extra + head) / (sum(layers) + head)
+
+
 class AdapterRun:
     """The state of one training run."""
 
     def __init__(self, target: Transformer, dataset: Dataset, *, plan: AdapterPlan) -> None:
         self.target, self.dataset, self.plan = target, dataset, plan
-        self.adapter = Adapter.initialize(
-            target, plan.exit_layer, seed=plan.seed, from_target=plan.initialization == "target"
-        )
+        self.adapter = Adapter.initialize(target, plan.exit_layer, seed=plan.seed, initialization=plan.initialization)
         self.tensors = self.adapter.tensors
         for tensor in self.tensors.values():
             tensor.requires_grad_()
@@ -106,6 +123,8 @@ class AdapterRun:
         self.learning_s, self.wall_time_s = 0.0, 0.0
         self.positions: Positions | None = None
         self.history: list[dict[str, float]] = []
+        # What a resumed run must share with this one; hashing the data takes time, so once.
+        self.facts = {"target_fingerprint": self.adapter.config.target_fingerprint, "data": dataset.digest()}
 
     @property
     def num_tokens(self) -> int:
@@ -217,14 +236,11 @@ class AdapterRun:
     def _names(self) -> dict[int, str]:
         return {id(tensor): name for name, tensor in self.tensors.items()}
 
-    def _facts(self) -> dict[str, Any]:
-        return {"target_fingerprint": self.adapter.config.target_fingerprint, "data": self.dataset.digest()}
-
     def save(self, output: Path) -> None:
         """Replace output's checkpoint by this state."""
         progress = {"step": self.step, "loss": self.loss, "learning_s": self.learning_s,
                     "wall_time_s": self.wall_time_s, "history": self.history,
-                    "plan": asdict(self.plan), "run": self._facts()}  # fmt: skip
+                    "plan": asdict(self.plan), "run": self.facts}  # fmt: skip
         weights = {f"adapter.{name}": tensor for name, tensor in self.tensors.items()}
         save_state(output, weights | optimizer_tensors(self.optimizer, self._names()), progress=progress)
 
@@ -232,7 +248,7 @@ class AdapterRun:
         """Continue from output's checkpoint; raises ResumeError where it is damaged or of another run."""
         tensors, progress = load_state(output)
         settings = {name: value for name, value in asdict(self.plan).items() if name != "model"}
-        check_same("run", progress.get("run", {}), now=self._facts())
+        check_same("run", progress.get("run", {}), now=self.facts)
         check_same("plan", progress.get("plan", {}), now=settings)
         with torch.no_grad():
             for name, tensor in self.tensors.items():
@@ -245,8 +261,7 @@ class AdapterRun:
     def finish(self, output: Path) -> dict[str, Any]:
         """Write the adapter and its report, with the draft settings the held-out split recommends."""
         positions = self.positions or self.evaluate()
-        draft_cost = (self.plan.exit_layer + 1) / self.target.num_layers
-        gamma, eta = positions.recommend(draft_cost)
+        gamma, eta = positions.recommend(draft_cost(self.target, self.adapter))
         self.adapter.config = self.adapter.config.model_copy(update={"gamma": gamma, "eta": eta})
         report = self._report(positions.summary())
         try:

@@ -7,8 +7,9 @@ are laid end to end and cut into windows of T + 1 tokens (T predictions); B wind
 import hashlib
 import json
 import os
-from collections.abc import Iterable, Iterator, Sequence
-from dataclasses import dataclass
+from collections import Counter
+from collections.abc import Iterable, Iterator, Mapping, Sequence
+from dataclasses import dataclass, field
 from functools import lru_cache
 from pathlib import Path
 from typing import Any
@@ -27,7 +28,7 @@ SOURCE_SUFFIXES = frozenset(
      ".jsx", ".tsx", ".rb", ".php", ".swift", ".cs", ".sh", ".sql", ".lua", ".r", ".jl", ".hs", ".ml", ".pl"}
 )  # fmt: skip
 ALLOWED = ".txt, .jsonl, .md, .rst or a source suffix such as .py"
-MAX_FOLDER_FILE = 1 << 20  # bytes; a larger plain file met in a folder is most likely generated
+MAX_SOURCE_FILE = 1 << 20  # bytes; a larger source file met in a folder is most likely generated
 HELD_OUT_SHARE = 0.05
 
 
@@ -41,31 +42,45 @@ class Document:
 
 @dataclass(frozen=True)
 class Corpus:
-    """Documents in reading order; num_skipped counts files of a folder that are too large or no UTF-8."""
+    """Documents in reading order, and how many files of folders were passed over, by the reason."""
 
     documents: tuple[Document, ...]
-    num_skipped: int = 0
+    skipped: Mapping[str, int] = field(default_factory=dict)
+
+    @property
+    def num_skipped(self) -> int:
+        return sum(self.skipped.values())
+
+    def skipped_note(self) -> str:
+        """What was passed over, in words; empty where nothing was."""
+        counts = [f"{count} {'file' if count == 1 else 'files'} {reason}" for reason, count in self.skipped.items()]
+        return f"skipped {' and '.join(counts)}" if counts else ""
 
 
 def read_corpus(paths: Sequence[Path], tokenizer: Tokenizer, *, eos_id: int | None = None) -> Corpus:
     """Read files and folders; eos_id closes every plain document, while a chat ends as its template says.
 
-    A folder is walked in sorted order without hidden entries. Raises DataError for a missing path, an
-    unsupported file, a malformed line, or where nothing was found.
+    A folder is walked in sorted order without hidden entries; large source files and files that are no UTF-8
+    are counted and passed over there. Raises DataError for a missing path, an unsupported file, a malformed
+    line, or where nothing was found.
     """
     documents: list[Document] = []
-    num_skipped = 0
+    skipped: Counter[str] = Counter()
     for path in paths:
         if not path.exists():
             raise DataError(f"no such data file or folder: {path}; give {ALLOWED}, or a folder of those")
         for file in _files(path):
             found = _read_file(file, tokenizer, eos_id=eos_id, within_folder=path.is_dir())
-            num_skipped += found is None
-            documents += found or []
+            if isinstance(found, str):
+                skipped[found] += 1
+            else:
+                documents += found
+    corpus = Corpus(tuple(documents), skipped)
     if not documents:
-        names = ", ".join(str(path) for path in paths)
-        raise DataError(f"{names} holds no text to learn from; give {ALLOWED}, or a folder of those")
-    return Corpus(tuple(documents), num_skipped)
+        names, note = ", ".join(str(path) for path in paths), corpus.skipped_note()
+        raise DataError(f"{names} holds no text to learn from{f' ({note})' if note else ''}; "
+                        f"give {ALLOWED}, or a folder of those")  # fmt: skip
+    return corpus
 
 
 def _files(path: Path) -> Iterator[Path]:
@@ -83,16 +98,17 @@ def _files(path: Path) -> Iterator[Path]:
                 yield Path(folder) / name
 
 
-def _read_file(path: Path, tokenizer: Tokenizer, *, eos_id: int | None, within_folder: bool) -> list[Document] | None:
-    """The documents of one file, or None where a folder's file is passed over."""
-    is_jsonl = path.suffix.lower() == ".jsonl"
+def _read_file(path: Path, tokenizer: Tokenizer, *, eos_id: int | None, within_folder: bool) -> list[Document] | str:
+    """The documents of one file, or why a folder's file is passed over."""
+    suffix = path.suffix.lower()
+    is_jsonl = suffix == ".jsonl"
     try:
-        if within_folder and not is_jsonl and path.stat().st_size > MAX_FOLDER_FILE:
-            return None
+        if within_folder and suffix in SOURCE_SUFFIXES and path.stat().st_size > MAX_SOURCE_FILE:
+            return f"over {MAX_SOURCE_FILE >> 20} MiB"
         text = path.read_text(encoding="utf-8")
     except UnicodeDecodeError as error:
         if within_folder and not is_jsonl:
-            return None
+            return "not in UTF-8"
         raise DataError(f"{path} is not UTF-8 text (byte {error.start}); convert it first") from error
     except OSError as error:
         raise DataError(f"cannot read {path}: {error.strerror or error}") from error

@@ -1,7 +1,9 @@
 """What a training run is to do: settings, checked before anything is loaded."""
 
 import math
+from collections.abc import Callable
 from dataclasses import dataclass
+from typing import Any
 
 import torch
 
@@ -66,5 +68,7 @@ def resolve_precision(choice: str, device: torch.device) -> str:
         return choice
     if device.type == "cuda":
         return "bfloat16" if torch.cuda.is_bf16_supported(including_emulation=False) else "float32"
-    capabilities = torch.cpu.get_capabilities() if device.type == "cpu" else {}
+    # PyTorch 2.6 and some later versions cannot tell; float32 is never wrong.
+    find: Callable[[], dict[str, Any]] = getattr(torch.cpu, "get_capabilities", dict)
+    capabilities = find() if device.type == "cpu" else {}
     return "bfloat16" if capabilities.get("avx512_bf16") or capabilities.get("amx_bf16") else "float32"

@@ -1,46 +1,117 @@
 """`kangaroo train adapter` from the outside: one JSON report, an adapter on disk, clear refusals."""
 
 import json
+from pathlib import Path
 
 import pytest
-from typer.testing import CliRunner
 
-from kangaroo.cli.train import train_app
-from kangaroo.errors import DataError, OutputError
-from kangaroo.model.weights import save_checkpoint
-from tests.tiny import save_tiny_tokenizer, tiny_config, tiny_raw_config, tiny_transformer
+from kangaroo.train import data as data_module
+from kangaroo.train.checkpoint import STATE_FILE
+from kangaroo.train.data import MAX_SOURCE_FILE
+
+STEPS = ("--steps", 4, "--batch-size", 2, "--sequence-length", 16, "--evaluate-every", 2)
 
 
 @pytest.fixture
-def arguments(tmp_path):
-    import torch
-
-    folder = tmp_path / "model"
-    raw = tiny_raw_config() | {"eos_token_id": 257}
-    save_checkpoint(tiny_transformer(tiny_config()), folder, raw_config=raw, dtype=torch.float32)
-    save_tiny_tokenizer(folder)
-    (tmp_path / "data.txt").write_text("hop over the log. " * 40)
-    return ["adapter", "--model", str(folder), "--data", str(tmp_path / "data.txt"), "--output", str(tmp_path / "out"),
-            "--steps", "4", "--batch-size", "2", "--sequence-length", "16", "--evaluate-every", "2"]  # fmt: skip
+def data(tmp_path):
+    path = tmp_path / "data.txt"
+    path.write_text("hop over the log. " * 40)
+    return path
 
 
-def test_json_is_exactly_one_report(arguments, tmp_path):
-    result = CliRunner().invoke(train_app, [*arguments, "--json"], catch_exceptions=False)
-    assert result.exit_code == 0
-    assert json.loads(result.stdout) == json.loads((tmp_path / "out/report.json").read_text())
-    assert "step 4: held out: loss" in result.stderr
+@pytest.fixture
+def train(run, bare_folder, data, tmp_path):
+    """Run `kangaroo train adapter` briefly with these further flags; a repeated flag's last value counts."""
+
+    def train_with(*argv, data=data):
+        basics = ("--model", bare_folder, "--data", data, "--output", tmp_path / "out", *STEPS)
+        return run("train", "adapter", *basics, *argv)
+
+    return train_with
+
+
+def refusal(ran, status=1):
+    """The one line that says why the run was refused."""
+    assert (ran.status, ran.out) == (status, "")
+    (line,) = ran.err.splitlines()
+    assert line.startswith("error: ")
+    return line
+
+
+def test_json_is_exactly_one_report(train, tmp_path):
+    ran = train("--json")
+    assert ran.status == 0
+    assert json.loads(ran.out) == json.loads((tmp_path / "out/report.json").read_text())
+    assert "step 4: held out: loss" in ran.err
+    assert "skipped" not in ran.err
     assert (tmp_path / "out/adapter.safetensors").exists()
 
 
-def test_a_summary_is_printed_and_a_second_run_needs_resume(arguments):
-    result = CliRunner().invoke(train_app, arguments, catch_exceptions=False)
-    assert "expected tokens per step" in result.stdout
-    with pytest.raises(OutputError, match="continue with --resume"):
-        CliRunner().invoke(train_app, arguments, catch_exceptions=False)
-    assert CliRunner().invoke(train_app, [*arguments, "--resume"], catch_exceptions=False).exit_code == 0
+def test_every_flag_reaches_the_plan(train, bare_folder):
+    flags = {"exit-layer": 3, "learning-rate": 0.01, "warmup-steps": 1, "weight-decay": 0.5, "seed": 7,
+             "checkpoint-every": 2, "initialization": "ones", "precision": "float32", "dtype": "bfloat16"}  # fmt: skip
+    report = json.loads(train("--json", *(word for name, value in flags.items() for word in (f"--{name}", value))).out)
+    expected = {name.replace("-", "_"): value for name, value in flags.items()}
+    steps = {"num_steps": 4, "batch_size": 2, "sequence_length": 16, "evaluate_every": 2}
+    assert report["plan"] == expected | steps | {"model": str(bare_folder)}
 
 
-def test_missing_data_is_named(arguments, tmp_path):
-    (tmp_path / "data.txt").unlink()
-    with pytest.raises(DataError, match=r"no such data file or folder: .*data\.txt"):
-        CliRunner().invoke(train_app, arguments, catch_exceptions=False)
+def test_a_summary_is_printed_and_a_second_run_needs_resume(train):
+    assert "expected tokens per step" in train().out
+    assert "continue with --resume" in refusal(train())
+    assert train("--resume").status == 0
+
+
+def test_files_passed_over_are_counted_on_stderr(train, tmp_path):
+    folder = tmp_path / "folder"
+    folder.mkdir()
+    (folder / "fine.txt").write_text("hop over the log. " * 40)
+    (folder / "large.py").write_text("x" * (MAX_SOURCE_FILE + 1))
+    ran = train("--json", data=folder)
+    assert ran.status == 0
+    assert "skipped 1 file over 1 MiB\n" in ran.err
+    assert json.loads(ran.out)["num_skipped_files"] == 1
+
+
+@pytest.mark.parametrize("flag", ["--initialization", "--precision", "--dtype"])
+def test_a_misspelt_choice_is_a_usage_error(flag, train, tmp_path):
+    line = refusal(train(flag, "floaty"), status=2)
+    assert flag in line
+    assert "floaty" in line
+    assert not (tmp_path / "out").exists()
+
+
+def test_an_unknown_device_is_refused_first(train, tmp_path):
+    assert "device must be cpu or cuda[:N], got 'toaster'" in refusal(train("--device", "toaster"))
+    assert not (tmp_path / "out").exists()
+
+
+def test_an_unwritable_output_is_refused(train, data):
+    assert "cannot write to" in refusal(train("--output", data / "sub"))
+
+
+def test_a_damaged_checkpoint_is_refused(train, tmp_path):
+    assert train().status == 0
+    path = tmp_path / "out" / STATE_FILE
+    path.write_bytes(path.read_bytes()[:-100])
+    assert "state.safetensors is damaged" in refusal(train("--resume"))
+
+
+@pytest.mark.parametrize(
+    ("flag", "value", "reason"),
+    [("--exit-layer", 4, "exit_layer must be in 1..3, got 4"),
+     ("--exit-layer", 0, "exit_layer must be in 1..3, got 0"),
+     ("--sequence-length", 257, "sequence_length must be at most 256, the model's context, got 257")],
+)  # fmt: skip
+def test_what_the_model_cannot_do_is_refused_before_any_data_is_read(flag, value, reason, train, monkeypatch):
+    monkeypatch.setattr(data_module, "read_corpus", lambda *_, **__: pytest.fail("the data was read"))
+    assert reason in refusal(train(flag, value))
+
+
+def test_a_missing_data_file_is_named(train):
+    assert "no such data file or folder: nowhere.txt" in refusal(train(data=Path("nowhere.txt")))
+
+
+def test_empty_data_is_refused(train, data):
+    data.write_text("\n")
+    assert "data.txt holds no text to learn from" in refusal(train())

@@ -10,7 +10,8 @@ from torch.testing import assert_close
 from kangaroo.drafters.adapter import Adapter
 from kangaroo.errors import AdapterError, DataError, SettingsError
 from kangaroo.train import adapter as module
-from kangaroo.train.adapter import AdapterRun
+from kangaroo.train.adapter import AdapterRun, draft_cost
+from kangaroo.train.metrics import Positions
 from kangaroo.train.plan import AdapterPlan, resolve_precision
 from tests.tiny import tiny_config, tiny_transformer
 
@@ -156,6 +157,38 @@ def test_precision_auto_becomes_a_definite_one():
     assert resolve_precision("float32", torch.device("cpu")) == "float32"
     with pytest.raises(SettingsError, match="precision must be one of auto, float32, bfloat16, got fp8"):
         resolve_precision("fp8", torch.device("cpu"))
+
+
+def test_precision_auto_is_float32_where_pytorch_cannot_tell(monkeypatch):
+    monkeypatch.delattr(torch.cpu, "get_capabilities", raising=False)
+    assert resolve_precision("auto", torch.device("cpu")) == "float32"
+
+
+def test_the_norms_start_where_the_plan_says(target, dataset, plan):
+    norms = {
+        start: AdapterRun(target, dataset, plan=replace(plan, initialization=start)).tensors["input_norm"]
+        for start in ("target", "ones")
+    }
+    assert torch.equal(norms["target"], target.layers[plan.exit_layer].input_norm)
+    assert torch.equal(norms["ones"], torch.ones_like(norms["ones"]))
+
+
+def test_draft_cost_counts_the_parameters_read_per_token(target):
+    qkv, output, mlp, norms = (4 + 2 * 2) * 8 * 32, 32 * 32, 3 * 48 * 32, 2 * 32
+    layer, head = qkv + output + mlp + norms, 258 * 32
+    adapter = 3 * 32 * 32 + 32 * 32 + 2 * 32
+    for exit_layer in (1, 3):
+        cost = draft_cost(target, Adapter.initialize(target, exit_layer))
+        assert cost == pytest.approx((exit_layer * layer + adapter + head) / (4 * layer + head))
+
+
+def test_the_recommended_settings_are_those_of_the_draft_cost(finish, target, plan, tmp_path, monkeypatch):
+    asked = []
+    monkeypatch.setattr(Positions, "recommend", lambda _, cost: asked.append(cost) or (3, 0.25))
+    finish(plan, tmp_path)
+    adapter = Adapter.load(tmp_path, target)
+    assert (adapter.config.gamma, adapter.config.eta) == (3, 0.25)
+    assert asked == [draft_cost(target, adapter)]
 
 
 def test_evaluation_does_not_depend_on_the_batch_size(target, dataset, plan):

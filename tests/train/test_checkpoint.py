@@ -113,3 +113,11 @@ def test_a_checkpoint_that_cannot_be_written_keeps_the_previous_one(killed, fini
     with pytest.raises(OutputError, match="cannot write the checkpoint"):
         finish(plan, killed, resume=True)
     assert (killed / STATE_FILE).read_bytes() == before
+
+
+def test_the_data_is_hashed_once_however_many_checkpoints_are_written(finish, plan, tmp_path, monkeypatch):
+    hashed = []
+    digest = Dataset.digest
+    monkeypatch.setattr(Dataset, "digest", lambda self: hashed.append(self) or digest(self))
+    finish(replace(plan, checkpoint_every=1), tmp_path)
+    assert len(hashed) == 1

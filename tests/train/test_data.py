@@ -8,7 +8,7 @@ import torch
 
 from kangaroo.errors import DataError
 from kangaroo.model.tokenizer import Tokenizer
-from kangaroo.train.data import MAX_FOLDER_FILE, Corpus, Dataset, chat_documents, plain_document, read_corpus
+from kangaroo.train.data import MAX_SOURCE_FILE, Corpus, Dataset, chat_documents, plain_document, read_corpus
 from tests.tiny import tiny_tokenizer
 
 MESSAGES = [
@@ -71,16 +71,39 @@ def test_a_conversation_without_an_assistant_teaches_nothing(tokenizer):
     assert chat_documents(MESSAGES[:1], tokenizer) == []
 
 
-def test_a_folder_is_read_sorted_without_hidden_large_or_binary_files(tokenizer, tmp_path):
+def test_a_folder_is_read_sorted_without_hidden_files_large_sources_or_binary_files(tokenizer, tmp_path):
     for name, text in {"b.py": "b", "sub/c.md": "c", "a.txt": "a", ".hidden.py": "h", ".git/x.py": "g",
                        "notes.pdf": "p", "empty.py": " \n"}.items():  # fmt: skip
         (tmp_path / name).parent.mkdir(exist_ok=True)
         (tmp_path / name).write_text(text)
-    (tmp_path / "large.py").write_text("x" * (MAX_FOLDER_FILE + 1))
+    (tmp_path / "large.py").write_text("x" * (MAX_SOURCE_FILE + 1))
     (tmp_path / "latin.py").write_bytes(b"\xe9")
     corpus = read(tokenizer, tmp_path)
     assert [tokenizer.decode(document.tokens.tolist()) for document in corpus.documents] == ["a", "b", "c"]
     assert corpus.num_skipped == 2
+    assert corpus.skipped_note() == "skipped 1 file over 1 MiB and 1 file not in UTF-8"
+
+
+@pytest.mark.parametrize("name", ["a.txt", "a.md", "a.jsonl"])
+def test_a_large_text_in_a_folder_is_read_in_full(name, tokenizer, tmp_path):
+    text = "hop over\n" * (MAX_SOURCE_FILE // 8)
+    (tmp_path / name).write_text(json.dumps({"text": text}) if name == "a.jsonl" else text)
+    corpus = read(tokenizer, tmp_path)
+    (document,) = corpus.documents
+    assert len(document.tokens) == len(text) + 2
+    assert corpus.skipped_note() == ""
+
+
+def test_a_large_source_file_given_by_name_is_read(tokenizer, tmp_path):
+    (tmp_path / "a.py").write_text("x" * (MAX_SOURCE_FILE + 1))
+    assert len(read(tokenizer, tmp_path / "a.py").documents) == 1
+
+
+def test_skipped_files_are_counted_where_nothing_is_left(tokenizer, tmp_path):
+    for name in ("a.py", "b.py"):
+        (tmp_path / name).write_text("x" * (MAX_SOURCE_FILE + 1))
+    with pytest.raises(DataError, match=r"holds no text to learn from \(skipped 2 files over 1 MiB\); give \.txt"):
+        read(tokenizer, tmp_path)
 
 
 @pytest.mark.parametrize(
