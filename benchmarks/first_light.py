@@ -14,7 +14,8 @@ from pathlib import Path
 
 import torch
 
-from kangaroo.bench.contenders import Contender, KangarooContender, Run, TransformersContender
+from kangaroo.bench.comparison import compare, interleave
+from kangaroo.bench.contenders import Contender, KangarooContender, TransformersContender
 from kangaroo.bench.record import markdown_table, stamp, stamp_text, write_result
 from kangaroo.drafters.kangaroo import KangarooSettings
 from kangaroo.llm import LLM, LoadedModel, build_drafter, load_model
@@ -35,38 +36,6 @@ def read_prompts(path: Path, model: LoadedModel, *, num_prompts: int) -> list[tu
 
 def llm_for(model: LoadedModel, drafter: str | KangarooSettings) -> LLM:
     return LLM(model, build_drafter(model, drafter))
-
-
-def interleave(contenders: list[Contender], prompts: list[tuple[int, ...]], *, num_rounds: int,
-               max_new_tokens: int) -> dict[str, list[Run]]:  # fmt: skip
-    """Run every contender on every prompt, taking turns at going first."""
-    runs: dict[str, list[Run]] = {contender.name: [] for contender in contenders}
-    for contender in contenders:
-        contender.generate(prompts[0], max_new_tokens=16)
-    for round_id in range(num_rounds):
-        for index, prompt in enumerate(prompts):
-            shift = (round_id + index) % len(contenders)
-            for contender in contenders[shift:] + contenders[:shift]:
-                runs[contender.name].append(contender.generate(prompt, max_new_tokens=max_new_tokens))
-    return runs
-
-
-def compare(runs: dict[str, list[Run]], baseline: str) -> list[dict[str, object]]:
-    """Median speed of each contender, its median ratio to the baseline text by text, and how many texts are equal."""
-    rows: list[dict[str, object]] = []
-    for name, mine in runs.items():
-        pairs = list(zip(mine, runs[baseline], strict=True))
-        completions = [run.completion for run in mine if run.completion is not None]
-        num_steps = sum(one.num_steps for one in completions)
-        rows.append({
-            "contender": name,
-            "tokens_per_s": statistics.median(run.tokens_per_s for run in mine),
-            "ratio": statistics.median(a.tokens_per_s / b.tokens_per_s for a, b in pairs),
-            "tokens_per_step": sum(c.num_new_tokens - 1 for c in completions) / num_steps if num_steps else None,
-            "num_equal": sum(a.token_ids == b.token_ids for a, b in pairs),
-            "num_texts": len(mine),
-        })  # fmt: skip
-    return rows
 
 
 def sweep(model: LoadedModel, prompts: list[tuple[int, ...]], *, adapter: str | None,

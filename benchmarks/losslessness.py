@@ -15,7 +15,8 @@ from pathlib import Path
 import torch
 
 from kangaroo.bench.agreement import count_forced_steps, repeated_share
-from kangaroo.bench.divergence import find_divergence
+from kangaroo.bench.divergence import find_divergence, shared_length
+from kangaroo.bench.losslessness import Problem, list_differing, summarize
 from kangaroo.bench.record import markdown_table, stamp, stamp_text, write_result
 from kangaroo.drafters.adapter import Adapter
 from kangaroo.drafters.kangaroo import KangarooSettings
@@ -24,45 +25,34 @@ from kangaroo.types import SamplingParams
 
 
 def measure(model: LoadedModel, problems: list[dict[str, str]], *, settings: KangarooSettings,
-            max_new_tokens: int) -> list[dict[str, object]]:  # fmt: skip
-    """One row per problem: equality, counts, repetition, teacher-forced counts."""
+            max_new_tokens: int) -> list[Problem]:  # fmt: skip
+    """Every problem's divergence, counts, repetition, teacher-forced counts."""
     plain = LLM(model, build_drafter(model, "plain"))
     kangaroo = LLM(model, build_drafter(model, settings))
     adapter = Adapter.load(Path(settings.adapter or model.adapter_folder), model.target)
     params = SamplingParams(max_new_tokens=max_new_tokens)
-    rows: list[dict[str, object]] = []
+    measured = []
     for problem in problems:
         prompt = tuple(model.tokenizer.encode(problem["prompt"]))
         ours, expected = kangaroo.generate(prompt, params), plain.generate(prompt, params)
         text = model.tokenizer.encode(problem["prompt"] + problem["canonical_solution"])
-        forced = count_forced_steps(model.target, adapter, token_ids=text, num_prompt=len(prompt), gamma=6)
-        row: dict[str, object] = {
-            "task_id": problem["task_id"], "is_equal": ours.token_ids == expected.token_ids,
-            "num_new_tokens": ours.num_new_tokens, "num_steps": ours.num_steps, "num_drafted": ours.num_drafted,
-            "num_accepted": ours.num_accepted, "repeated_8_grams": repeated_share(expected.token_ids),
-            "num_forced_tokens": forced[0], "num_forced_steps": forced[1],
-        }  # fmt: skip
-        if not row["is_equal"]:
-            found = find_divergence(model.target, prompt, first=expected.token_ids, second=ours.token_ids)
-            row["divergence"] = asdict(found) if found else None
-        rows.append(row)
-    return rows
-
-
-def summarize(rows: list[dict[str, object]]) -> dict[str, float]:
-    """Totals over the problems."""
-
-    def total(name: str) -> float:
-        return sum(float(str(row[name])) for row in rows)
-
-    return {
-        "num_problems": len(rows),
-        "num_equal": sum(bool(row["is_equal"]) for row in rows),
-        "tokens_per_step": (total("num_new_tokens") - len(rows)) / total("num_steps"),
-        "acceptance_rate": total("num_accepted") / total("num_drafted"),
-        "repeated_8_grams": total("repeated_8_grams") / len(rows),
-        "teacher_forced_tokens_per_step": total("num_forced_tokens") / total("num_forced_steps"),
-    }
+        # A token may span the end of the prompt.
+        num_prompt = shared_length(prompt, text)
+        forced = count_forced_steps(model.target, adapter, token_ids=text, num_prompt=num_prompt, gamma=6)
+        measured.append(
+            Problem(
+                task_id=problem["task_id"],
+                num_new_tokens=ours.num_new_tokens,
+                num_steps=ours.num_steps,
+                num_drafted=ours.num_drafted,
+                num_accepted=ours.num_accepted,
+                repeated_8_grams=repeated_share(expected.token_ids),
+                num_forced_tokens=forced[0],
+                num_forced_steps=forced[1],
+                divergence=find_divergence(model.target, prompt, first=expected.token_ids, second=ours.token_ids),
+            )
+        )
+    return measured
 
 
 def main() -> None:
@@ -78,16 +68,17 @@ def main() -> None:
     with gzip.open(args.prompts, "rt", encoding="utf-8") as file:
         problems = [json.loads(line) for line in file][: args.num_prompts]
     result: dict[str, object] = {"stamp": stamp()}
-    table = []
+    table, differing = [], []
     with torch.inference_mode():
         for eta in (0.0, None):
             settings = KangarooSettings(adapter=args.adapter, gamma=6, eta=eta)
-            rows = measure(model, problems, settings=settings, max_new_tokens=args.max_new_tokens)
+            measured = measure(model, problems, settings=settings, max_new_tokens=args.max_new_tokens)
             label = "gamma 6, eta 0" if eta == 0 else "gamma 6, the adapter's own eta"
-            summary = summarize(rows)
-            result[label] = {"summary": summary, "problems": rows}
-            table.append([label, f"{summary['num_equal']:.0f}/{len(rows)}",
-                          *(f"{summary[name]:.3f}" for name in list(summary)[2:])])  # fmt: skip
+            summary = summarize(measured)
+            result[label] = {"summary": summary, "problems": [asdict(one) for one in measured]}
+            rates = ("-" if value is None else f"{value:.3f}" for value in list(summary.values())[2:])
+            table.append([label, f"{summary['num_equal']}/{len(measured)}", *rates])
+            differing += [f"### {label}", "\n".join(list_differing(measured)) or "None."]
     header = [
         "draft",
         "equal",
@@ -100,9 +91,10 @@ def main() -> None:
     assert isinstance(facts, dict)
     text = "\n\n".join([
         "# Losslessness on HumanEval", stamp_text(facts),
-        f"Greedy, float32, {args.max_new_tokens} tokens a prompt. `equal`: token ids are plain decoding's; every "
-        "divergence is in the JSON with its top-2 margin. Teacher-forced: gamma 6 on the canonical solutions, "
+        f"Greedy, float32, {args.max_new_tokens} tokens a prompt. `equal`: token ids are plain decoding's. "
+        "Teacher-forced: gamma 6 on the canonical solutions, "
         "positions judged with the true prefix.", markdown_table(header, table),
+        "## Texts that differ", *differing,
     ])  # fmt: skip
     write_result(args.output, result, text=text)
     print(text)

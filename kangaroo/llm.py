@@ -10,7 +10,7 @@ from pathlib import Path
 import torch
 
 from kangaroo.drafters import NAMES
-from kangaroo.drafters.adapter import Adapter, check_exit_layer
+from kangaroo.drafters.adapter import CONFIG_FILE, Adapter, check_exit_layer
 from kangaroo.drafters.base import Drafter
 from kangaroo.drafters.kangaroo import KangarooDrafter, KangarooSettings
 from kangaroo.drafters.plain import PlainDrafter
@@ -50,7 +50,7 @@ def load_model(model: str, *, dtype: str = "float32", device: str = "cpu") -> Lo
         raise SettingsError(f"dtype must be one of {', '.join(DTYPES)}, got {dtype}")
     folder = DEMO_FOLDER if model == "demo" else resolve_folder(model)
     config = ModelConfig.from_folder(folder)
-    target = load_transformer(folder, config, dtype=DTYPES[dtype], device=_device(device))
+    target = load_transformer(folder, config, dtype=DTYPES[dtype], device=resolve_device(device))
     tokenizer = Tokenizer.from_folder(folder)
     return LoadedModel(model, folder, target, tokenizer, _eos_ids(folder))
 
@@ -105,18 +105,17 @@ class LLM:
         return self._stream(self._begin(prompt, params))
 
     def _stream(self, decoding: Decoding) -> Generator[Token, None, Completion]:
-        decode = self.model.tokenizer.stream_decoder()
-        num_yielded = num_chars = 0
+        decoder = self.model.tokenizer.stream_decoder()
+        num_yielded = 0
         try:
             while True:
                 sequence = decoding.sequence
                 fresh = decoding.new_tokens[num_yielded:]
                 for token_id, origin in zip(fresh, sequence.origins[num_yielded:], strict=True):
-                    text = decode(token_id)
-                    num_yielded, num_chars = num_yielded + 1, num_chars + len(text)
+                    num_yielded += 1
+                    text = decoder.step(token_id)
                     if sequence.finish_reason is not None and num_yielded == sequence.num_new_tokens:
-                        # A character the text ends in the middle of is not held back any longer.
-                        text += self.model.tokenizer.decode(decoding.new_tokens)[num_chars:]
+                        text += decoder.finish()
                     yield Token(token_id, text, origin)
                 if sequence.finish_reason is not None:
                     return self.completion(decoding)
@@ -151,7 +150,7 @@ class LLM:
 def build_drafter(model: LoadedModel, drafter: str | KangarooSettings | None) -> Drafter:
     """The drafter of this name or these settings for a model; raises SettingsError for an unknown name."""
     if drafter is None:
-        drafter = "kangaroo" if model.adapter_folder.is_dir() else "plain"
+        drafter = "kangaroo" if (model.adapter_folder / CONFIG_FILE).is_file() else "plain"
     if drafter == "plain":
         return PlainDrafter()
     if drafter == "kangaroo":
@@ -175,7 +174,8 @@ def _build_kangaroo(model: LoadedModel, settings: KangarooSettings) -> KangarooD
     return KangarooDrafter(model.target, adapter, stopping=settings.stopping(adapter))
 
 
-def _device(name: str) -> torch.device:
+def resolve_device(name: str) -> torch.device:
+    """The device of this name; raises SettingsError for an unknown kind or one that is not here."""
     try:
         device = torch.device(name)
     except RuntimeError as error:

@@ -78,6 +78,8 @@ def test_kangaroo_is_taken_where_an_adapter_lies_beside_the_model(own_model: Pat
     assert llm.drafter.exit_layer == EXIT_LAYER
     shutil.rmtree(own_model / "adapter")
     assert isinstance(LLM.from_pretrained(str(own_model)).drafter, PlainDrafter)
+    (own_model / "adapter").mkdir()
+    assert isinstance(LLM.from_pretrained(str(own_model)).drafter, PlainDrafter)
 
 
 def test_drafters_are_built_by_name(model: Path) -> None:
@@ -165,7 +167,7 @@ def test_damaged_adapter_is_refused_in_one_line(own_model: Path, name: str) -> N
 def test_adapter_with_an_impossible_recommendation_is_refused(own_model: Path) -> None:
     path = own_model / "adapter" / CONFIG_FILE
     path.write_text(json.dumps(json.loads(path.read_text()) | {"eta": 1.5}))
-    with pytest.raises(SettingsError, match="eta must be"):
+    with pytest.raises(AdapterError, match="eta: Input should be less than or equal to 1"):
         LLM.from_pretrained(str(own_model))
 
 

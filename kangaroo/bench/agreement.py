@@ -22,14 +22,17 @@ def count_forced_steps(
     right positions up to gamma or the first miss, and adds the bonus token. The first token is the prefill's, as in
     decoding, so that on the target's own greedy text this is the count that decoding with eta 0 reaches.
     """
-    logits, tapped = run_full_pass(target, token_ids, taps=(adapter.config.exit_layer,))
+    end = len(token_ids) - num_prompt - 1
+    if end <= 0:
+        return 0, 0
+    states, tapped = run_full_pass(target, token_ids, taps=(adapter.config.exit_layer,))
     attention = FullSequencePass(adapter.model_config, len(token_ids), device=target.device)
-    states = adapter.forward(tapped[adapter.config.exit_layer], attention=attention)
-    agrees = (target.head_logits(states[0]).argmax(-1) == logits.argmax(-1)).tolist()
+    drafted = adapter.forward(tapped[adapter.config.exit_layer], attention=attention)[0, num_prompt:]
+    agrees = (target.head_logits(drafted).argmax(-1) == target.logits(states[num_prompt:]).argmax(-1)).tolist()
     # The state of token i predicts token i + 1; the root of the first step is the first token behind the prompt.
-    position, end, num_steps = num_prompt, len(token_ids) - 1, 0
+    position = num_steps = 0
     while position < end:
         window = agrees[position : min(position + gamma, end - 1)]
         position += 1 + (window.index(False) if False in window else len(window))
         num_steps += 1
-    return max(0, end - num_prompt), num_steps
+    return end, num_steps

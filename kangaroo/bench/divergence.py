@@ -33,11 +33,10 @@ def find_divergence(
     """Compare two continuations of a prompt; None where they are equal."""
     if tuple(first) == tuple(second):
         return None
-    pairs = enumerate(zip(first, second, strict=False))
-    position = next((index for index, (one, other) in pairs if one != other), min(len(first), len(second)))
+    position = shared_length(first, second)
     with torch.inference_mode():
-        logits, _ = run_full_pass(target, [*prompt_ids, *first[:position]])
-        top = logits[-1].topk(2).values
+        states, _ = run_full_pass(target, [*prompt_ids, *first[:position]])
+        top = target.logits(states[-1:])[0].topk(2).values
     larger = top.abs().max()
     ulp = float(torch.nextafter(larger, torch.full_like(larger, math.inf)) - larger)
     margin = float(top[0] - top[1])
@@ -45,11 +44,17 @@ def find_divergence(
     return Divergence(position, (one, other), margin, margin < 8 * ulp * math.sqrt(target.config.hidden_size))
 
 
+def shared_length(first: Sequence[int], second: Sequence[int]) -> int:
+    """How many leading tokens two texts share."""
+    pairs = enumerate(zip(first, second, strict=False))
+    return next((index for index, (one, other) in pairs if one != other), min(len(first), len(second)))
+
+
 def run_full_pass(
     target: Transformer, token_ids: Sequence[int], *, taps: Sequence[int] = ()
 ) -> tuple[Tensor, dict[int, Tensor]]:
-    """Logits [T, V] of a whole text in one pass without a cache, and its tapped states [1, T, D]."""
+    """Last states [T, D] of a whole text, for target.logits(), in one pass without a cache; tapped states [1, T, D]."""
     attention = FullSequencePass(target.config, len(token_ids), device=target.device)
     entering = target.embed(torch.tensor([list(token_ids)], device=target.device))
     hidden, tapped = target.forward(entering, (0, target.num_layers), attention=attention, taps=taps)
-    return target.logits(hidden[0]), tapped
+    return hidden[0], tapped

@@ -25,7 +25,7 @@ def environment() -> dict[str, object]:
     versions = {name: _version(name) for name in PACKAGES}
     return {
         "kangaroo": __version__,
-        "commit": _commit(),
+        "commit": _commit(Path(__file__).parents[1]),
         "python": platform.python_version(),
         **versions,
         "platform": platform.platform(),
@@ -55,14 +55,20 @@ def _cpu_info() -> dict[str, str]:
     return {name.strip(): value.strip() for name, _, value in lines}
 
 
-def _commit() -> str | None:
-    """Short hash of the checkout this file lies in, marked where the package has uncommitted changes."""
-    folder = str(Path(__file__).parents[1])
+def _commit(package: Path) -> str | None:
+    """Short hash of the checkout this package belongs to, marked where the package has uncommitted changes.
+
+    None outside one: a package installed in a virtual environment may lie inside some other repository.
+    """
+    questions = (["ls-files", "--full-name", "__init__.py"], ["rev-parse", "--short", "HEAD"],
+                 ["status", "--porcelain", "."])  # fmt: skip
     try:
-        head, changes = (
-            subprocess.run(["git", "-C", folder, *words], capture_output=True, text=True, check=True).stdout.strip()
-            for words in (["rev-parse", "--short", "HEAD"], ["status", "--porcelain", "."])
+        tracked, head, changes = (
+            subprocess.run(["git", "-C", package, *words], capture_output=True, text=True, check=True).stdout.strip()
+            for words in questions
         )
     except (OSError, subprocess.CalledProcessError):
+        return None
+    if tracked != "kangaroo/__init__.py":
         return None
     return head + ("+changes" if changes else "")

@@ -1,16 +1,26 @@
 """Text to token ids and back: tokenizer.json through `tokenizers`, chat templates through sandboxed jinja2."""
 
 import json
-from collections.abc import Callable, Sequence
+import re
+from collections import deque
+from collections.abc import Sequence
+from datetime import datetime
 from pathlib import Path
 from typing import Any
 
 import tokenizers
-from jinja2 import TemplateError
+from jinja2 import TemplateError, nodes
+from jinja2.ext import Extension
+from jinja2.parser import Parser
 from jinja2.sandbox import ImmutableSandboxedEnvironment
-from tokenizers.decoders import DecodeStream
 
 from kangaroo.errors import CheckpointError, PromptError
+
+SPECIAL_TOKENS = ("bos_token", "eos_token", "unk_token", "sep_token", "pad_token", "cls_token", "mask_token")
+# What a template, which is the checkpoint's own program, can fail with inside the sandbox.
+TEMPLATE_ERRORS = (TemplateError, TypeError, ValueError, ArithmeticError, LookupError, AttributeError,
+                   RecursionError, SyntaxError)  # fmt: skip
+BYTE_PIECE = re.compile(r"<0x[0-9A-F]{2}>")
 
 
 class Tokenizer:
@@ -39,12 +49,10 @@ class Tokenizer:
         if not isinstance(template, str | None):
             raise CheckpointError(f"{folder}: chat_template must be text, got {type(template).__name__}")
         path = folder / "tokenizer.json"
-        if not path.exists():
-            return cls(_convert(folder), settings=settings, chat_template=template)
-        try:
-            backend = tokenizers.Tokenizer.from_file(str(path))
-        except Exception as error:  # the library raises bare Exception for every malformed file
-            raise CheckpointError(f"{path} is no readable tokenizer: {error}") from error
+        backend = _read_backend(path) if path.exists() else _convert(folder)
+        # Both are kept in the file with whatever training last set, and would change prompts silently.
+        backend.no_truncation()
+        backend.no_padding()
         return cls(backend, settings=settings, chat_template=template)
 
     @property
@@ -52,7 +60,15 @@ class Tokenizer:
         return self._backend.get_vocab_size(with_added_tokens=True)
 
     def encode(self, text: str, *, add_special_tokens: bool = True) -> list[int]:
-        """Token ids of text; the checkpoint's own rule adds its special tokens, such as a leading BOS."""
+        """Token ids of text; the checkpoint's own rule adds its special tokens, such as a leading BOS.
+
+        Raises PromptError for lone surrogates, which a command line that is not UTF-8 leaves in its arguments.
+        """
+        try:
+            text.encode("utf-8")
+        except UnicodeEncodeError as error:
+            at = f"{text[error.start]!r} at character {error.start}"
+            raise PromptError(f"text must be valid UTF-8, got {at}; convert it to UTF-8") from error
         ids: list[int] = self._backend.encode(text, add_special_tokens=add_special_tokens).ids
         return ids
 
@@ -60,10 +76,9 @@ class Tokenizer:
         """Text of token ids, special tokens left out."""
         return self._backend.decode(list(token_ids), skip_special_tokens=True)
 
-    def stream_decoder(self) -> Callable[[int], str]:
-        """A function from the next token id to the text it completes; "" while a character is unfinished."""
-        stream = DecodeStream(skip_special_tokens=True)
-        return lambda token_id: stream.step(self._backend, token_id) or ""
+    def stream_decoder(self) -> "StreamDecoder":
+        """A decoder of one text's tokens as they come."""
+        return StreamDecoder(self._backend)
 
     def encode_chat(self, messages: Sequence[dict[str, str]], *, add_generation_prompt: bool = True) -> list[int]:
         """Token ids of messages ({"role", "content"}) written by the checkpoint's chat template."""
@@ -75,25 +90,78 @@ class Tokenizer:
         if self._chat_template is None:
             raise PromptError("this checkpoint has no chat template; leave out --chat or use an instruct checkpoint")
         environment = ImmutableSandboxedEnvironment(
-            trim_blocks=True, lstrip_blocks=True, extensions=["jinja2.ext.loopcontrols"]
+            trim_blocks=True, lstrip_blocks=True, extensions=["jinja2.ext.loopcontrols", _GenerationTag]
         )
-        environment.globals["raise_exception"] = _refuse
+        environment.globals |= {"raise_exception": _refuse, "strftime_now": lambda form: datetime.now().strftime(form)}
         environment.filters["tojson"] = lambda value, indent=None: json.dumps(value, ensure_ascii=False, indent=indent)
-        specials = {name: _special_text(self._settings.get(name)) for name in ("bos_token", "eos_token", "unk_token")}
+        specials = {name: _special_text(self._settings[name]) for name in SPECIAL_TOKENS if self._settings.get(name)}
         try:
             return environment.from_string(self._chat_template).render(
                 messages=list(messages), add_generation_prompt=add_generation_prompt, **specials
             )
-        except Exception as error:  # the template is the checkpoint's own program and may fail in any way
+        except TEMPLATE_ERRORS as error:
             raise PromptError(f"the chat template refuses these messages: {error}") from error
+
+
+class StreamDecoder:
+    """Tokens of one text to the text they complete; what step() and finish() return joins to decode() of all.
+
+    Only as much is held back as later tokens may still change: a last U+FFFD, which may be an unfinished character,
+    and a run of byte-fallback pieces, which is spelled as a whole. Every token is decoded behind the same few before
+    it: they give it its leading space, and 8 tokens surely hold a whole character of at most 4 bytes.
+    """
+
+    def __init__(self, backend: tokenizers.Tokenizer) -> None:
+        self._backend = backend
+        self._special_ids = {key for key, token in backend.get_added_tokens_decoder().items() if token.special}
+        self._context: deque[int] = deque(maxlen=8)
+        self._held: list[int] = []
+
+    def step(self, token_id: int) -> str:
+        """The text that this token completes; "" while a character is unfinished."""
+        piece = None if token_id in self._special_ids else self._backend.id_to_token(token_id)
+        if not piece:
+            return ""
+        self._held.append(token_id)
+        if BYTE_PIECE.fullmatch(piece):
+            return ""
+        return self._release(is_last=False)
+
+    def finish(self) -> str:
+        """The text held back, once no more tokens come."""
+        return self._release(is_last=True)
+
+    def _release(self, *, is_last: bool) -> str:
+        before = self._backend.decode(list(self._context)).removesuffix("\ufffd")
+        after = self._backend.decode([*self._context, *self._held])
+        self._context.extend(self._held)
+        self._held.clear()
+        return (after if is_last else after.removesuffix("\ufffd"))[len(before) :]
+
+
+class _GenerationTag(Extension):
+    """{% generation %}, with which training templates mark the assistant's words: its body, as it is."""
+
+    tags = {"generation"}  # noqa: RUF012
+
+    def parse(self, parser: Parser) -> nodes.Node:
+        line = next(parser.stream).lineno
+        return nodes.Scope(parser.parse_statements(("name:endgeneration",), drop_needle=True)).set_lineno(line)
 
 
 def _refuse(message: str) -> None:
     raise TemplateError(message)
 
 
-def _special_text(token: Any) -> str:
-    return token.get("content", "") if isinstance(token, dict) else token or ""
+def _special_text(token: Any) -> Any:
+    return token.get("content", "") if isinstance(token, dict) else token
+
+
+def _read_backend(path: Path) -> tokenizers.Tokenizer:
+    try:
+        return tokenizers.Tokenizer.from_file(str(path))
+    except Exception as error:  # the library raises bare Exception for every malformed file
+        raise CheckpointError(f"{path} is no readable tokenizer: {error}") from error
 
 
 def _read_text(path: Path) -> str:

@@ -16,8 +16,11 @@ from kangaroo.kernels import reference
 from kangaroo.model.config import ModelConfig
 from kangaroo.model.transformer import Layer, Transformer
 
-HUB_FILES = ["*.safetensors", "*.safetensors.index.json", "config.json", "generation_config.json",
-             "tokenizer*", "chat_template*", "special_tokens_map.json", "vocab*", "merges.txt"]  # fmt: skip
+# Never *.safetensors, which would fetch the weights again in other layouts (consolidated.safetensors, original/).
+HUB_FILES = ["model*.safetensors", "model.safetensors.index.json", "config.json", "generation_config.json",
+             "tokenizer.json", "tokenizer.model", "tokenizer_config.json", "special_tokens_map.json",
+             "added_tokens.json", "chat_template.jinja", "vocab.json", "vocab.txt", "merges.txt",
+             "adapter/config.json", "adapter/adapter.safetensors"]  # fmt: skip
 DTYPES = {"float32": torch.float32, "bfloat16": torch.bfloat16, "float16": torch.float16}
 
 

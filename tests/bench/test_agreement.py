@@ -13,7 +13,7 @@ from tests.tiny import tiny_config, tiny_transformer
 
 
 @pytest.mark.parametrize("gamma", [1, 3, 6])
-@pytest.mark.parametrize("num_new_tokens", [2, 17, 40])
+@pytest.mark.parametrize("num_new_tokens", [1, 2, 17, 40])
 def test_forced_steps_on_greedy_text_are_the_steps_of_decoding(gamma: int, num_new_tokens: int) -> None:
     target = tiny_transformer(tiny_config())
     # Weak upper layers let the shallow draft be right about half the time.

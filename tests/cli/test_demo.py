@@ -73,6 +73,13 @@ def test_texts_that_differ_are_told_and_fail(
     assert result["plain"]["token_ids"][position] != result["kangaroo"]["token_ids"][position]
 
 
+def test_prompt_that_is_not_utf8_is_refused(run: Run, model_folder: Path) -> None:
+    ran = run("demo", "--model", model_folder, "--prompt", "caf\udce9")
+    assert (ran.status, ran.out) == (1, "")
+    assert ran.err.startswith("error: text must be valid UTF-8")
+    assert ran.err.count("\n") == 1
+
+
 def test_errors_are_one_line(run: Run, bare_folder: Path) -> None:
     for flags, fragment in ((["--model", bare_folder], "no adapter folder"), (["--prompt", ""], "empty")):
         ran = run("demo", *flags)

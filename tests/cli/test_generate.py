@@ -158,6 +158,7 @@ def test_bad_prompts(run: Run, bare_folder: Path, tmp_path: Path) -> None:
     check_refused(run, [*model, "--prompt", "x" * 300], "the prompt must be under 256 tokens")
     check_refused(run, [*model, "--prompt-file", tmp_path / "none.txt"], "No such file")
     check_refused(run, [*model, "--prompt-file", tmp_path], "Is a directory")
+    check_refused(run, [*model, "--prompt", "caf\udce9"], "must be valid UTF-8, got '\\udce9' at character 3")
     latin = tmp_path / "latin.txt"
     latin.write_bytes(b"caf\xe9")
     check_refused(run, [*model, "--prompt-file", latin], "must be UTF-8, got byte 3 (0xe9)")

@@ -1,6 +1,7 @@
 """Checkpoint folders: what loads, what is written back, and every way a folder can be wrong."""
 
 import json
+from fnmatch import fnmatch
 from pathlib import Path
 
 import pytest
@@ -171,6 +172,50 @@ def test_hub_id_without_a_cached_copy(monkeypatch: pytest.MonkeyPatch, tmp_path:
     with pytest.raises(CheckpointError, match="no folder org/absent here, and the hub has no usable copy") as caught:
         resolve_folder("org/absent")
     assert "\n" not in str(caught.value)
+
+
+REPOSITORY = {
+    "config.json": True,
+    "generation_config.json": True,
+    "model.safetensors": True,
+    "model.safetensors.index.json": True,
+    "model-00001-of-00002.safetensors": True,
+    "tokenizer.json": True,
+    "tokenizer_config.json": True,
+    "tokenizer.model": True,
+    "special_tokens_map.json": True,
+    "chat_template.jinja": True,
+    "vocab.json": True,
+    "merges.txt": True,
+    "adapter/config.json": True,
+    "adapter/adapter.safetensors": True,
+    "consolidated.safetensors": False,
+    "consolidated.00.pth": False,
+    "original/consolidated.00.pth": False,
+    "original/model.safetensors": False,
+    "original/tokenizer.model": False,
+    "onnx/config.json": False,
+    "adapter/report.json": False,
+    "adapter/checkpoint.safetensors": False,
+    "pytorch_model.bin": False,
+    "modeling_llama.py": False,
+    "README.md": False,
+}
+
+
+@pytest.mark.parametrize(("name", "is_fetched"), REPOSITORY.items())
+def test_only_files_that_are_read_are_fetched(
+    monkeypatch: pytest.MonkeyPatch, tmp_path: Path, *, name: str, is_fetched: bool
+) -> None:
+    asked: list[str] = []
+
+    def snapshot_download(model: str, *, allow_patterns: list[str]) -> str:
+        asked.extend(allow_patterns)
+        return str(tmp_path)
+
+    monkeypatch.setattr("kangaroo.model.weights.snapshot_download", snapshot_download)
+    assert resolve_folder("org/name") == tmp_path
+    assert any(fnmatch(name, pattern) for pattern in asked) == is_fetched
 
 
 def test_folder_is_taken_as_it_is(folder: Path) -> None:
