@@ -65,6 +65,22 @@ def tiny_transformer(config: ModelConfig, seed: int = 0) -> Transformer:
     return assemble(tensors, config, dtype=torch.float32, device=torch.device("cpu"))
 
 
+def tame_transformer(family: str, exit_layer: int) -> Transformer:
+    """A model whose layers from exit_layer on change little, so that guesses made there are right about half the time.
+
+    Its head is untied: a tied one would make a tame model repeat its last token.
+    """
+    target = tiny_transformer(tiny_config(family, tie_word_embeddings=False), seed=3)
+    for layer in target.layers[exit_layer:]:
+        if layer.post_attention_norm is not None and layer.post_mlp_norm is not None:
+            layer.post_attention_norm *= 0.15
+            layer.post_mlp_norm *= 0.15
+        else:
+            layer.output *= 0.15
+            layer.down *= 0.15
+    return target
+
+
 def tiny_tokenizer() -> tokenizers.Tokenizer:
     """One token per byte, with a BOS that encoding adds and an EOS."""
     vocab = {character: index for index, character in enumerate(sorted(pre_tokenizers.ByteLevel.alphabet()))}

@@ -22,7 +22,7 @@ from kangaroo.errors import AdapterError, SettingsError
 from kangaroo.model.cache import CachedPass, KVCache, Segment
 from kangaroo.model.transformer import FullSequencePass, Transformer
 from kangaroo.types import Draft, Outcome, Request, SamplingParams
-from tests.tiny import tiny_config, tiny_transformer
+from tests.tiny import tame_transformer
 
 FAMILIES = ["llama", "mistral", "qwen2", "qwen3", "gemma2"]
 EXIT_LAYER = 2
@@ -30,16 +30,7 @@ PROMPT = (9, 77, 210, 31, 5, 66, 66, 140)
 
 
 def tame_target(family: str = "llama") -> Transformer:
-    """A target whose layers from EXIT_LAYER on change little, so that some guesses are right and some are not."""
-    target = tiny_transformer(tiny_config(family, tie_word_embeddings=False), seed=3)
-    for layer in target.layers[EXIT_LAYER:]:
-        if layer.post_attention_norm is not None and layer.post_mlp_norm is not None:
-            layer.post_attention_norm *= 0.15
-            layer.post_mlp_norm *= 0.15
-        else:
-            layer.output *= 0.15
-            layer.down *= 0.15
-    return target
+    return tame_transformer(family, EXIT_LAYER)
 
 
 def make_drafter(target: Transformer, stopping: StoppingPolicy) -> KangarooDrafter:

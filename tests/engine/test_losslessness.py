@@ -18,7 +18,7 @@ from kangaroo.engine.engine import Decoding, Engine
 from kangaroo.model.transformer import FullSequencePass, Transformer
 from kangaroo.sampling import gumbel_noise
 from kangaroo.types import Draft, Outcome, Request, SamplingParams
-from tests.tiny import tiny_config, tiny_transformer
+from tests.tiny import tame_transformer
 
 FAMILIES = ["llama", "mistral", "qwen2", "qwen3", "gemma2"]
 EXIT_LAYER = 2
@@ -135,17 +135,7 @@ CASES = [
 
 @functools.cache
 def tame_target(family: str) -> Transformer:
-    """A target whose layers from EXIT_LAYER on change little, so that leaving there often guesses right."""
-    # A tied head would make a tame model repeat its last token.
-    target = tiny_transformer(tiny_config(family, tie_word_embeddings=False), seed=3)
-    for layer in target.layers[EXIT_LAYER:]:
-        if layer.post_attention_norm is not None and layer.post_mlp_norm is not None:
-            layer.post_attention_norm *= 0.15
-            layer.post_mlp_norm *= 0.15
-        else:
-            layer.output *= 0.15
-            layer.down *= 0.15
-    return target
+    return tame_transformer(family, EXIT_LAYER)
 
 
 def adapter(target: Transformer, *, trained: bool) -> Adapter:
