@@ -55,10 +55,15 @@ mkdir -p $installed/adapter
 # install sets the mode, since safetensors are written for their owner alone.
 install -m 644 $model/{config,generation_config,tokenizer,tokenizer_config}.json $model/model.safetensors $installed
 install -m 644 $adapter/{config.json,adapter.safetensors,report.json} $installed/adapter
+install -m 644 $corpus/corpus.json $installed
+install -m 644 $target/progress.json $installed/training.json
 
-step "loss on HumanEval"
+step "card: $installed/README.md"
+problems=()
 if [[ -n ${HUMANEVAL:-} ]]; then
-    $python recipes/evaluate.py --model demo --problems "$HUMANEVAL"
+    problems=(--problems "$HUMANEVAL")
 else
-    echo "HUMANEVAL is not set: skipped"
+    echo "HUMANEVAL is not set: the loss on it is not measured"
 fi
+$python recipes/card.py --corpus $corpus --state $target --model $model --adapter $adapter \
+    ${problems[@]+"${problems[@]}"} --output $installed/README.md

@@ -30,6 +30,14 @@ def nats_per_byte(model: LoadedModel, texts: list[str], *, num_tokens: int) -> f
     return total_nats / total_bytes
 
 
+def measure(model: LoadedModel, problems: Path, *, num_problems: int, num_tokens: int) -> float:
+    """nats_per_byte of the first problems of a HumanEval file, prompt and canonical solution."""
+    with gzip.open(problems, "rt", encoding="utf-8") as file:
+        chosen = [json.loads(line) for line in file][:num_problems]
+    texts = [problem["prompt"] + problem["canonical_solution"] for problem in chosen]
+    return nats_per_byte(model, texts, num_tokens=num_tokens)
+
+
 def main() -> None:
     parser = argparse.ArgumentParser(description=(__doc__ or "").splitlines()[0])
     parser.add_argument("--model", default="demo")
@@ -37,11 +45,8 @@ def main() -> None:
     parser.add_argument("--num-problems", type=int, default=60)
     parser.add_argument("--num-tokens", type=int, default=900)
     args = parser.parse_args()
-    with gzip.open(args.problems, "rt", encoding="utf-8") as file:
-        problems = [json.loads(line) for line in file][: args.num_problems]
-    texts = [problem["prompt"] + problem["canonical_solution"] for problem in problems]
-    loss = nats_per_byte(load_model(args.model), texts, num_tokens=args.num_tokens)
-    print(f"{loss:.4f} nats per byte over {len(texts)} problems, first {args.num_tokens} tokens of each")
+    loss = measure(load_model(args.model), args.problems, num_problems=args.num_problems, num_tokens=args.num_tokens)
+    print(f"{loss:.4f} nats per byte over {args.num_problems} problems, first {args.num_tokens} tokens of each")
 
 
 if __name__ == "__main__":
