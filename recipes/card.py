@@ -45,8 +45,8 @@ def describe_data(corpus: dict[str, Any]) -> str:
     return "\n".join([
         f"{corpus['files']:,} files, {corpus['utf8_bytes'] / 1e6:.0f} MB of Python source: the standard library and "
         f"the packages with permissive licences that were installed ({len(corpus['distributions'])} sources; all of "
-        "them in corpus.json). Licence headers, generated code and data tables are left out, duplicates and near-duplicates "
-        f"removed. {kept_out} Split by file: {corpus['heldout']['files']} files are held out. "
+        "them in corpus.json). Licence headers, generated code and data tables are left out, duplicates and "
+        f"near-duplicates removed. {kept_out} Split by file: {corpus['heldout']['files']} files are held out. "
         f"{corpus['heldout_bytes_per_token']:.2f} bytes a token.", "",
         "| source | licence | files | MB |", "| --- | --- | --- | --- |", *rows,
     ])  # fmt: skip
@@ -69,12 +69,12 @@ def describe_training(progress: dict[str, Any]) -> str:
 
 def describe_adapter(report: dict[str, Any]) -> str:
     plan, metrics = report["plan"], report["metrics"]
+    consistent = " / ".join(f"{metrics[f'ctar_{width}']:.3f}" for width in (1, 3, 6))
     return (
         f"Exit layer {plan['exit_layer']}, {report['num_parameters']:,} parameters, "
-        f"{report['num_tokens_seen'] / 1e6:.2f}M tokens in {report['wall_time_s'] / 60:.0f} minutes. On held-out files, "
-        f"teacher-forced: top-1 {metrics['top1']:.3f}, top-3 {metrics['top3']:.3f}, expected acceptance "
-        f"{metrics['expected_acceptance']:.3f}, CTAR@1/3/6 {metrics['ctar_1']:.3f} / {metrics['ctar_3']:.3f} / {metrics['ctar_6']:.3f}. The report is "
-        "adapter/report.json."
+        f"{report['num_tokens_seen'] / 1e6:.2f}M tokens in {report['wall_time_s'] / 60:.0f} minutes. On held-out "
+        f"files, teacher-forced: top-1 {metrics['top1']:.3f}, top-3 {metrics['top3']:.3f}, expected acceptance "
+        f"{metrics['expected_acceptance']:.3f}, CTAR@1/3/6 {consistent}. The report is adapter/report.json."
     )
 
 
