@@ -10,7 +10,7 @@ import math
 import time
 from collections.abc import Iterator
 from contextlib import AbstractContextManager, nullcontext
-from dataclasses import asdict, dataclass, fields
+from dataclasses import asdict, dataclass
 from pathlib import Path
 from typing import Any
 
@@ -115,16 +115,29 @@ class AdapterRun:
         self.tensors = self.adapter.tensors
         for tensor in self.tensors.values():
             tensor.requires_grad_()
-        matrices = [tensor for tensor in self.tensors.values() if tensor.ndim == 2]
-        norms = [tensor for tensor in self.tensors.values() if tensor.ndim == 1]
-        groups = [{"params": matrices, "weight_decay": plan.weight_decay}, {"params": norms, "weight_decay": 0.0}]
-        self.optimizer = torch.optim.AdamW(groups, lr=plan.learning_rate, betas=(0.9, 0.95))
+        self.optimizer = self._make_optimizer()
         self.step, self.loss = 0, math.nan
         self.learning_s, self.wall_time_s = 0.0, 0.0
         self.positions: Positions | None = None
         self.history: list[dict[str, float]] = []
         # What a resumed run must share with this one; hashing the data takes time, so once.
         self.facts = {"target_fingerprint": self.adapter.config.target_fingerprint, "data": dataset.digest()}
+
+    def _make_optimizer(self) -> torch.optim.Optimizer:
+        """AdamW whose steps of the output projection are in units of the states it adds to.
+
+        Their scale differs between models by orders of magnitude, and steps of one size would not get far from zero.
+        """
+        plan, tensors = self.plan, self.tensors
+        tokens, _ = self.dataset.batch(plan.batch_size, seed=plan.seed, step=0)
+        shallow, _ = self.target_states(tokens[:, :-1].to(self.target.device))
+        scale = float(shallow.float().square().mean(dim=-1).sqrt().median())
+        groups: list[dict[str, Any]] = [
+            {"params": [tensors["qkv"]], "weight_decay": plan.weight_decay, "scale": 1.0},
+            {"params": [tensors["output"]], "weight_decay": plan.weight_decay / scale, "scale": scale},
+            {"params": [tensors["input_norm"], tensors["final_norm"]], "weight_decay": 0.0, "scale": 1.0},
+        ]
+        return torch.optim.AdamW(groups, lr=plan.learning_rate, betas=(0.9, 0.95))
 
     @property
     def num_tokens(self) -> int:
@@ -136,11 +149,10 @@ class AdapterRun:
 
     def advance(self) -> Progress:
         """Learn from the next batch; evaluate where the plan says so."""
-        started = time.perf_counter()
-        plan = self.plan
+        plan, started = self.plan, time.perf_counter()
         tokens, mask = self.dataset.batch(plan.batch_size, seed=plan.seed, step=self.step)
         for group in self.optimizer.param_groups:
-            group["lr"] = plan.learning_rate_at(self.step)
+            group["lr"] = plan.learning_rate_at(self.step) * group["scale"]
         self.loss = self.learn(tokens, mask)
         if not math.isfinite(self.loss):
             raise SettingsError(f"the loss is {self.loss} at step {self.step + 1}; start again with a learning_rate "
@@ -214,8 +226,7 @@ class AdapterRun:
             self._compare(*windows.at(spread[start : start + self.plan.batch_size]))
             for start in range(0, count, self.plan.batch_size)
         ]
-        joined = {field.name: torch.cat([getattr(part, field.name) for part in parts]) for field in fields(Positions)}
-        return Positions(**joined)
+        return Positions.join(parts, shape=(-1, self.plan.sequence_length))
 
     def _compare(self, tokens: Tensor, mask: Tensor) -> Positions:
         with _autocast(self.target.device, self.target.embedding.dtype):
@@ -227,11 +238,7 @@ class AdapterRun:
                 )
                 for chunk in self._chunks(len(draft))
             ]
-        joined = {
-            field.name: torch.cat([getattr(part, field.name).cpu() for part in parts]).view(mask.shape)
-            for field in fields(Positions)
-        }
-        return Positions(**joined)
+        return Positions.join(parts, shape=(mask.shape[0], mask.shape[1]))
 
     def _names(self) -> dict[int, str]:
         return {id(tensor): name for name, tensor in self.tensors.items()}

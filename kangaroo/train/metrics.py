@@ -4,7 +4,8 @@ Everything here is teacher-forced: the draft sees the true prefix at every posit
 T positions each.
 """
 
-from dataclasses import dataclass
+from collections.abc import Sequence
+from dataclasses import dataclass, fields
 
 import torch
 from torch import Tensor
@@ -43,6 +44,14 @@ class Positions:
             confidence=draft.amax(dim=-1),
             mask=mask,
         )
+
+    @classmethod
+    def join(cls, parts: Sequence["Positions"], *, shape: tuple[int, int]) -> "Positions":
+        """Lay parts of any shape end to end as [W, T] on the CPU."""
+        return cls(**{
+            field.name: torch.cat([getattr(part, field.name).flatten() for part in parts]).cpu().view(shape)
+            for field in fields(cls)
+        })  # fmt: skip
 
     def summary(self) -> dict[str, float]:
         """Means over the counted positions, and the consistent token acceptance rate (CTAR) of windows 1..6.

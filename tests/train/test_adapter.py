@@ -67,6 +67,22 @@ def test_learning_in_chunks_of_rows_equals_learning_at_once(target, dataset, pla
         assert (tensor - whole[name]).abs().gt(1e-6).float().mean() < 0.01, name
 
 
+def test_states_a_hundred_times_larger_are_learned_as_fast(dataset, plan):
+    plan = replace(plan, exit_layer=2, learning_rate=1e-2)
+    losses = []
+    for scale in (1.0, 100.0):
+        # A larger residual stream behind norms: the same predictions from larger states.
+        target = tiny_transformer(tiny_config(tie_word_embeddings=False, rms_norm_eps=1e-12))
+        target.embedding = target.embedding * scale
+        for layer in target.layers:
+            layer.output = layer.output * scale
+            layer.down = layer.down * scale
+        run = AdapterRun(target, dataset, plan=plan)
+        losses.append([run.advance().loss for _ in range(20)])
+    assert losses[0][-1] < losses[0][0] - 0.05
+    assert losses[1] == pytest.approx(losses[0], rel=1e-2)
+
+
 def test_the_target_stays_frozen(finish, target, plan, tmp_path):
     before = {name: tensor.clone() for name, tensor in target.parameters()}
     finish(plan, tmp_path)
