@@ -34,7 +34,7 @@ fi
 
 step "target: $target"
 if ! grep -qs '"done": true' $target/progress.json; then
-    $python recipes/pretrain.py --corpus $corpus --output $target --minutes "${MINUTES:-88}" --batch-tokens 4096
+    $python recipes/pretrain.py --corpus $corpus --output $target --minutes "${MINUTES:-82}" --batch-tokens 4096
 fi
 
 step "checkpoint: $model"
@@ -46,8 +46,9 @@ step "adapter: $adapter"
 if [[ ! -e $adapter/report.json ]]; then
     resume=()
     if [[ -e $adapter/checkpoint/state.safetensors ]]; then resume=(--resume); fi
-    kangaroo train adapter --model $model --data $corpus/sample.jsonl --exit-layer 2 --output $adapter \
-        --steps "${ADAPTER_STEPS:-1000}" ${resume[@]+"${resume[@]}"}
+    kangaroo train adapter --model $model --data $corpus/sample.jsonl --exit-layer 3 --output $adapter \
+        --steps "${ADAPTER_STEPS:-1500}" --batch-size 4 --sequence-length 512 --learning-rate 1e-2 --dtype bfloat16 \
+        ${resume[@]+"${resume[@]}"}
 fi
 
 step "bundled: $installed"
