@@ -10,23 +10,22 @@ from pathlib import Path
 
 import torch
 
+from kangaroo.bench.divergence import run_full_pass
 from kangaroo.llm import LoadedModel, load_model
-from kangaroo.model.transformer import FullSequencePass
 
 
 def nats_per_byte(model: LoadedModel, texts: list[str], *, num_tokens: int) -> float:
     """Summed cross-entropy over the first num_tokens of every text, over the bytes those tokens spell."""
     total_nats, total_bytes = 0.0, 0
     for text in texts:
-        tokens = torch.tensor(model.tokenizer.encode(text)[:num_tokens])
-        attention = FullSequencePass(model.target.config, len(tokens) - 1, device=model.target.device)
+        tokens = model.tokenizer.encode(text)[:num_tokens]
         with torch.inference_mode():
-            entering = model.target.embed(tokens[None, :-1])
-            hidden, _ = model.target.forward(entering, (0, model.target.num_layers), attention=attention)
-            logits = model.target.logits(hidden[0])
+            states, _ = run_full_pass(model.target, tokens[:-1])
+            logits = model.target.logits(states)
         # A checkpoint without a leading BOS cannot be asked for its first token, whose bytes then do not count.
-        total_nats += torch.nn.functional.cross_entropy(logits, tokens[1:], reduction="sum").item()
-        total_bytes += len(model.tokenizer.decode(tokens[1:].tolist()).encode())
+        labels = torch.tensor(tokens[1:], device=logits.device)
+        total_nats += torch.nn.functional.cross_entropy(logits, labels, reduction="sum").item()
+        total_bytes += len(model.tokenizer.decode(tokens[1:]).encode())
     return total_nats / total_bytes
 
 

@@ -31,7 +31,7 @@ def prefill(batch: Batch, drafter: Drafter) -> Outcome:
             span = (0, target.num_layers)
             hidden, taps = target.forward(target.embed(tokens), span, attention=attention, taps=drafter.taps)
             blocks.append(taps)
-            cache.keep(sequence.slot, list(range(len(tokens))))
+            cache.truncate(sequence.slot, cache.lengths[sequence.slot] + len(tokens))
         params = [sequence.request.params]
         last = choose(target.logits(hidden[-1:]), attention.positions[-1:], params=params, num_rows=[1])
         picked.append((int(last),))
