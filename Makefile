@@ -16,7 +16,7 @@ venv: .venv/.installed
 
 # The report of a dry run shows a CUDA build of torch before gigabytes of it arrive; torch that is already in
 # .venv is left alone.
-.venv/.installed: pyproject.toml constraints.txt
+.venv/.installed: pyproject.toml constraints.txt CMakeLists.txt $(wildcard kangaroo/kernels/csrc/*)
 	$(PYTHON) -c 'import sys; sys.exit(sys.version_info < (3, 11) and "Python 3.11 or newer is needed: set PYTHON=...")'
 	$(PYTHON) -m venv .venv
 	$(PIP) install $(PIP_FLAGS) --quiet --upgrade "pip>=24"

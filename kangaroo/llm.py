@@ -16,6 +16,7 @@ from kangaroo.drafters.kangaroo import KangarooDrafter, KangarooSettings
 from kangaroo.drafters.plain import PlainDrafter
 from kangaroo.engine.engine import Decoding, Engine
 from kangaroo.errors import AdapterError, CheckpointError, SettingsError
+from kangaroo.kernels import select_backend
 from kangaroo.model.config import ModelConfig
 from kangaroo.model.tokenizer import Tokenizer
 from kangaroo.model.transformer import Transformer
@@ -41,16 +42,27 @@ class LoadedModel:
         return self.folder / "adapter"
 
 
-def load_model(model: str, *, dtype: str = "float32", device: str = "cpu") -> LoadedModel:
+def load_model(
+    model: str, *, dtype: str = "float32", weights: str | None = None, device: str = "cpu", backend: str | None = None
+) -> LoadedModel:
     """Load a checkpoint: a folder, a hub id, or "demo" for the bundled model.
 
-    dtype: float32, bfloat16 or float16, the storage of the weights. Raises CheckpointError or SettingsError.
+    dtype: float32, bfloat16 or float16, what the weights are kept in; weights="int8" keeps them in int8 instead, with
+    a scale per output. backend: "reference" for a model to train; the device's own (kernels.select_backend) unless
+    given. Raises CheckpointError or SettingsError.
     """
     if dtype not in DTYPES:
         raise SettingsError(f"dtype must be one of {', '.join(DTYPES)}, got {dtype}")
+    if weights not in (None, "int8"):
+        raise SettingsError(f"weights must be int8 or left out, got {weights}")
+    placed = resolve_device(device)
+    if weights is not None and placed.type != "cpu":
+        raise SettingsError(f"weights {weights} needs device cpu, got {device}")
     folder = DEMO_FOLDER if model == "demo" else resolve_folder(model)
     config = ModelConfig.from_folder(folder)
-    target = load_transformer(folder, config, dtype=DTYPES[dtype], device=resolve_device(device))
+    target = load_transformer(
+        folder, config, storage=weights or dtype, device=placed, backend=backend or select_backend(placed.type)
+    )
     tokenizer = Tokenizer.from_folder(folder)
     return LoadedModel(model, folder, target, tokenizer, _eos_ids(folder))
 
@@ -74,15 +86,17 @@ class LLM:
         drafter: str | KangarooSettings | None = None,
         *,
         dtype: str = "float32",
+        weights: str | None = None,
         device: str = "cpu",
         max_context: int | None = None,
     ) -> LLM:
         """Load a model and build its drafter.
 
         model: a folder, a hub id, or "demo". drafter: "plain", "kangaroo", or KangarooSettings; None takes
-        kangaroo where an adapter lies beside the model, else plain. Raises a KangarooError for bad input.
+        kangaroo where an adapter lies beside the model, else plain. dtype, weights and device are load_model's.
+        Raises a KangarooError for bad input.
         """
-        loaded = load_model(model, dtype=dtype, device=device)
+        loaded = load_model(model, dtype=dtype, weights=weights, device=device)
         return cls(loaded, build_drafter(loaded, drafter), max_context=max_context)
 
     def generate(self, prompt: str | Sequence[int], params: SamplingParams | None = None) -> Completion:

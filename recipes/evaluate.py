@@ -11,6 +11,7 @@ from pathlib import Path
 import torch
 
 from kangaroo.bench.divergence import run_full_pass
+from kangaroo.kernels import REFERENCE
 from kangaroo.llm import LoadedModel, load_model
 
 
@@ -44,7 +45,8 @@ def main() -> None:
     parser.add_argument("--num-problems", type=int, default=60)
     parser.add_argument("--num-tokens", type=int, default=900)
     args = parser.parse_args()
-    loss = measure(load_model(args.model), args.problems, num_problems=args.num_problems, num_tokens=args.num_tokens)
+    model = load_model(args.model, backend=REFERENCE)
+    loss = measure(model, args.problems, num_problems=args.num_problems, num_tokens=args.num_tokens)
     print(f"{loss:.4f} nats per byte over {args.num_problems} problems, first {args.num_tokens} tokens of each")
 
 

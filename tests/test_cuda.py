@@ -24,7 +24,8 @@ PROMPT = (4, 99, 3, 17, 200)
 
 
 def on_cuda(model: Transformer, dtype: torch.dtype) -> Transformer:
-    return assemble(disassemble(model), model.config, dtype=dtype, device=torch.device("cuda"))
+    storage = str(dtype).removeprefix("torch.")
+    return assemble(disassemble(model), model.config, storage=storage, device=torch.device("cuda"))
 
 
 def decode(target: Transformer, drafter: Drafter, *, params: SamplingParams) -> tuple[int, ...]:

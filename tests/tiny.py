@@ -62,7 +62,7 @@ def tiny_transformer(config: ModelConfig, seed: int = 0) -> Transformer:
         noise = torch.randn(shape, generator=generator)
         is_norm = name.endswith("norm.weight")
         tensors[name] = 1 - config.norm_offset + 0.3 * noise if is_norm else 0.3 * noise
-    return assemble(tensors, config, dtype=torch.float32, device=torch.device("cpu"))
+    return assemble(tensors, config, storage="float32", device=torch.device("cpu"))
 
 
 def tame_transformer(family: str, exit_layer: int) -> Transformer:

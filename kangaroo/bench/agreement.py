@@ -4,7 +4,8 @@ from collections.abc import Sequence
 
 from kangaroo.bench.divergence import run_full_pass
 from kangaroo.drafters.adapter import Adapter
-from kangaroo.model.transformer import FullSequencePass, Transformer
+from kangaroo.model.cache import CachedPass, Segment
+from kangaroo.model.transformer import Transformer
 
 
 def repeated_share(token_ids: Sequence[int], *, length: int = 8) -> float:
@@ -26,9 +27,11 @@ def count_forced_steps(
     if end <= 0:
         return 0, 0
     states, tapped = run_full_pass(target, token_ids, taps=(adapter.config.exit_layer,))
-    attention = FullSequencePass(adapter.model_config, len(token_ids), device=target.device)
-    drafted = adapter.forward(tapped[adapter.config.exit_layer], attention=attention)[0, num_prompt:]
-    agrees = (target.head_logits(drafted).argmax(-1) == target.logits(states[num_prompt:]).argmax(-1)).tolist()
+    cache = adapter.new_cache(target, num_slots=len(token_ids))
+    attention = CachedPass(cache, [Segment(0, 0, len(token_ids))])
+    drafted = adapter.run(tapped[adapter.config.exit_layer], attention=attention)[num_prompt:]
+    guesses, _ = target.guess(drafted, adapter.final_norm)
+    agrees = (guesses == target.argmax(states[num_prompt:])).tolist()
     # The state of token i predicts token i + 1; the root of the first step is the first token behind the prompt.
     position = num_steps = 0
     while position < end:

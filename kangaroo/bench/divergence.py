@@ -10,7 +10,8 @@ from dataclasses import dataclass
 import torch
 from torch import Tensor
 
-from kangaroo.model.transformer import FullSequencePass, Transformer
+from kangaroo.model.cache import CachedPass, Segment
+from kangaroo.model.transformer import Transformer
 
 
 @dataclass(frozen=True)
@@ -53,8 +54,7 @@ def shared_length(first: Sequence[int], second: Sequence[int]) -> int:
 def run_full_pass(
     target: Transformer, token_ids: Sequence[int], *, taps: Sequence[int] = ()
 ) -> tuple[Tensor, dict[int, Tensor]]:
-    """Last states [T, D] of a whole text, for target.logits(), in one pass without a cache; tapped states [1, T, D]."""
-    attention = FullSequencePass(target.config, len(token_ids), device=target.device)
-    entering = target.embed(torch.tensor([list(token_ids)], device=target.device))
-    hidden, tapped = target.forward(entering, (0, target.num_layers), attention=attention, taps=taps)
-    return hidden[0], tapped
+    """Last states [T, D] of a whole text, for target.logits(), in one pass; tapped states [T, D]."""
+    attention = CachedPass(target.new_cache(1, len(token_ids)), [Segment(0, 0, len(token_ids))])
+    entering = target.embed(torch.tensor(list(token_ids), device=target.device))
+    return target.forward(entering, (0, target.num_layers), attention=attention, taps=taps)

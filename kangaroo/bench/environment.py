@@ -9,6 +9,7 @@ from pathlib import Path
 import torch
 
 from kangaroo import __version__
+from kangaroo.kernels import describe_backend
 
 PACKAGES = ("torch", "transformers", "tokenizers", "safetensors")
 # The flags that decide which kernels a CPU can run, x86 and Arm.
@@ -34,7 +35,7 @@ def environment() -> dict[str, object]:
         "cpu_flags": [name for name in INSTRUCTION_SETS if name in flags],
         "threads": torch.get_num_threads(),
         "cuda_devices": [torch.cuda.get_device_name(index) for index in range(torch.cuda.device_count())],
-        "kernel_backend": "reference",
+        "kernel_backend": describe_backend("cpu"),
     }
 
 

@@ -8,7 +8,7 @@ from typing import TYPE_CHECKING, Annotated
 
 import typer
 
-from kangaroo.cli.shared import Dtype, DtypeOption, JsonOption, ModelOption, follow, number
+from kangaroo.cli.shared import Dtype, DtypeOption, JsonOption, ModelOption, Weights, WeightsOption, follow, number
 from kangaroo.errors import PromptError
 from kangaroo.types import SamplingParams
 
@@ -17,7 +17,7 @@ if TYPE_CHECKING:
     from rich.table import Table
 
     from kangaroo.bench.divergence import Divergence
-    from kangaroo.llm import LLM
+    from kangaroo.llm import LLM, LoadedModel
     from kangaroo.types import Completion, Token
 
 demo_app = typer.Typer()
@@ -68,6 +68,7 @@ def demo(
         str | None, typer.Option(help="Adapter folder.", show_default="the folder 'adapter' of the model")
     ] = None,
     dtype: Annotated[Dtype, DtypeOption] = "float32",
+    weights: Annotated[Weights | None, WeightsOption] = None,
     json_output: Annotated[bool, JsonOption] = False,
 ) -> None:
     """Decode one prompt greedily, plainly and then with Kangaroo, and compare speed and text.
@@ -76,10 +77,12 @@ def demo(
     """
     from rich.console import Console
 
+    from kangaroo.llm import load_model
+
     if not prompt:
         raise PromptError("the prompt is empty; give at least one character")
     params = SamplingParams(max_new_tokens)
-    plain, kangaroo = _load(model, adapter=adapter, dtype=dtype)
+    plain, kangaroo = _pair(load_model(model, dtype=dtype, weights=weights), adapter=adapter)
     console = Console(quiet=json_output, highlight=False, markup=False)
     for llm in (plain, kangaroo):
         llm.generate(prompt, SamplingParams(min(WARM_UP_TOKENS, max_new_tokens)))
@@ -94,12 +97,11 @@ def demo(
         raise typer.Exit(1)
 
 
-def _load(model: str, *, adapter: str | None, dtype: str) -> tuple[LLM, LLM]:
+def _pair(loaded: LoadedModel, *, adapter: str | None) -> tuple[LLM, LLM]:
     """The same loaded model behind both drafters."""
     from kangaroo.drafters.kangaroo import KangarooSettings
-    from kangaroo.llm import LLM, build_drafter, load_model
+    from kangaroo.llm import LLM, build_drafter
 
-    loaded = load_model(model, dtype=dtype)
     drafters = build_drafter(loaded, "plain"), build_drafter(loaded, KangarooSettings(adapter=adapter))
     return LLM(loaded, drafters[0]), LLM(loaded, drafters[1])
 

@@ -10,7 +10,18 @@ from typing import TYPE_CHECKING, Annotated, Any
 
 import typer
 
-from kangaroo.cli.shared import DrafterName, Dtype, DtypeOption, JsonOption, ModelOption, follow, number, usage_error
+from kangaroo.cli.shared import (
+    DrafterName,
+    Dtype,
+    DtypeOption,
+    JsonOption,
+    ModelOption,
+    Weights,
+    WeightsOption,
+    follow,
+    number,
+    usage_error,
+)
 from kangaroo.errors import PromptError
 from kangaroo.types import SamplingParams
 
@@ -84,6 +95,7 @@ def generate(
     temperature: Annotated[float, typer.Option(help="Sampling temperature; 0 is greedy.")] = 0.0,
     seed: Annotated[int, typer.Option(help="Which text to draw at a temperature above 0; greedy has one only.")] = 0,
     dtype: Annotated[Dtype, DtypeOption] = "float32",
+    weights: Annotated[Weights | None, WeightsOption] = None,
     device: Annotated[str, typer.Option(help="cpu, cuda, or a numbered device like cuda:0.")] = "cpu",
     json_output: Annotated[bool, JsonOption] = False,
 ) -> None:
@@ -101,7 +113,9 @@ def generate(
 
     from kangaroo.llm import LLM
 
-    llm = LLM.from_pretrained(model, _settings(drafter, kangaroo), dtype=dtype, device=device, max_context=max_context)
+    llm = LLM.from_pretrained(
+        model, _settings(drafter, kangaroo), dtype=dtype, weights=weights, device=device, max_context=max_context
+    )
     token_ids = _encode(llm, text, chat=chat, system=system)
     if json_output:
         print(json.dumps(llm.generate(token_ids, params).to_dict()), flush=True)

@@ -56,6 +56,7 @@ def adapter(
     """Distil the Kangaroo adapter of a model from its own predictions on your data."""
     from rich.console import Console
 
+    from kangaroo.kernels import REFERENCE
     from kangaroo.llm import load_model, resolve_device
     from kangaroo.train.adapter import RESULTS, check_plan, train_adapter
     from kangaroo.train.checkpoint import prepare_output
@@ -81,7 +82,8 @@ def adapter(
     )
     prepare_output(output, resume=resume, results=RESULTS)
     with Console(stderr=True).status("loading the model and reading the data"):
-        loaded = load_model(model, dtype=plan.precision if where.type == "cuda" else "float32", device=device)
+        kept_in = plan.precision if where.type == "cuda" else "float32"
+        loaded = load_model(model, dtype=kept_in, device=device, backend=REFERENCE)
         check_plan(plan, loaded.target)
         # Of several EOS ids the lowest is the one that ends documents (Llama 3, Qwen); the others end turns.
         corpus = read_corpus(data, loaded.tokenizer, eos_id=min(loaded.eos_ids, default=None))

@@ -8,7 +8,7 @@ import hashlib
 import json
 from dataclasses import replace
 from pathlib import Path
-from typing import Literal
+from typing import TYPE_CHECKING, Literal
 
 import torch
 from pydantic import BaseModel, ConfigDict, Field, ValidationError
@@ -18,8 +18,12 @@ from torch import Tensor
 
 from kangaroo.errors import AdapterError
 from kangaroo.kernels import reference
+from kangaroo.model.cache import KVCache
 from kangaroo.model.config import ModelConfig
 from kangaroo.model.transformer import AttentionPass, Rotary, Transformer
+
+if TYPE_CHECKING:
+    from kangaroo.model.packed import PackedStack, PackedTransformer
 
 CONFIG_FILE = "config.json"
 WEIGHTS_FILE = "adapter.safetensors"
@@ -49,6 +53,7 @@ class Adapter:
         self.config = config
         self.model_config = attention_config(model_config)
         self.tensors = tensors
+        self._packed: PackedStack | None = None
         device = tensors["input_norm"].device
         self.rotary = Rotary(model_config.rope, model_config.head_dim, device=device)
 
@@ -104,10 +109,33 @@ class Adapter:
             raise AdapterError(f"{folder} is for another model of the same shape; train one for this target")
         tensors = {}
         for name, tensor in _read_tensors(folder, model).items():
-            dtype = torch.float32 if tensor.ndim == 1 else target.embedding.dtype
+            dtype = torch.float32 if tensor.ndim == 1 else target.dtype
             placed = tensor.to(target.device, dtype)
             tensors[name] = placed if tensor.ndim == 1 else reference.prepare(placed)
-        return cls(config, target.config, tensors=tensors)
+        adapter = cls(config, target.config, tensors=tensors)
+        return adapter if target.backend == "reference" else adapter.pack(target)  # type: ignore[arg-type]
+
+    def pack(self, target: "PackedTransformer") -> "Adapter":
+        """This adapter on the native kernels, its weights kept as the target's are."""
+        from kangaroo.model.packed import PackedStack
+
+        # The matrices are kept once, packed; their shapes stay.
+        shapes = {name: one if one.ndim == 1 else one.to("meta") for name, one in self.tensors.items()}
+        packed = Adapter(self.config, self.model_config, tensors=shapes)
+        packed._packed = PackedStack(self.model_config)
+        packed._packed.add_layer(self.tensors, storage=target.storage, window=None)
+        return packed
+
+    @property
+    def final_norm(self) -> Tensor:
+        """The norm [D] between its states and the target's head."""
+        return self.tensors["final_norm"]
+
+    def new_cache(self, target: Transformer, *, num_slots: int) -> KVCache:
+        """An empty cache of one sequence for the adapter's own keys and values."""
+        if self._packed is not None:
+            return self._packed.new_cache(1, num_slots)
+        return KVCache(self.model_config, 1, num_slots=num_slots, dtype=target.dtype, device=target.device)
 
     def save(self, folder: Path, *, dtype: torch.dtype = torch.float32) -> None:
         """Write config.json and adapter.safetensors, weights in dtype, into an existing folder."""
@@ -120,6 +148,14 @@ class Adapter:
 
     def forward(self, hidden: Tensor, *, attention: AttentionPass) -> Tensor:
         """Normed states [..., D] for the target's head, from states [..., D] entering the exit layer."""
+        return reference.rms_norm(
+            self.run(hidden, attention=attention), self.final_norm, eps=self.model_config.norm_eps
+        )
+
+    def run(self, hidden: Tensor, *, attention: AttentionPass) -> Tensor:
+        """The states [..., D] before the final norm, from states [..., D] entering the exit layer."""
+        if self._packed is not None:
+            return self._packed.run(hidden, (0, 1), attention=attention)[0]
         model, tensors = self.model_config, self.tensors
         cosine, sine = self.rotary.at(attention.positions, attention.num_positions)
         normed = reference.rms_norm(hidden, tensors["input_norm"], eps=model.norm_eps)
@@ -127,8 +163,7 @@ class Adapter:
         rotated = reference.rotate(heads[..., : 2 * model.num_heads, :], cosine=cosine, sine=sine)
         query, key = rotated.chunk(2, dim=-2)
         attended = attention.attend(0, query, key=key, value=heads[..., 2 * model.num_heads :, :])
-        hidden = hidden + reference.linear(attended, tensors["output"])
-        return reference.rms_norm(hidden, tensors["final_norm"], eps=model.norm_eps)
+        return hidden + reference.linear(attended, tensors["output"])
 
 
 def attention_config(config: ModelConfig) -> ModelConfig:

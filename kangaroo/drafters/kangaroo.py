@@ -18,7 +18,7 @@ from kangaroo.drafters.stopping import ConfidenceThreshold, FixedLength, Stoppin
 from kangaroo.model.cache import CachedPass, KVCache, Segment
 from kangaroo.model.transformer import Transformer
 from kangaroo.sampling import choose
-from kangaroo.types import Draft, Outcome
+from kangaroo.types import Draft, Outcome, SamplingParams
 
 DEFAULT_GAMMA = 6
 DEFAULT_ETA = 0.6
@@ -77,16 +77,9 @@ class KangarooDrafter:
 
     def begin(self, sequences: SequenceOf[Sequence], *, num_slots: int) -> None:
         """Make room in the adapter's own cache."""
-        target = self._target
         if self._cache is None or self._cache.num_slots < num_slots:
             self._cache = None  # freed before the larger one is allocated
-            self._cache = KVCache(
-                self._adapter.model_config,
-                num_sequences=1,
-                num_slots=num_slots,
-                dtype=target.embedding.dtype,
-                device=target.device,
-            )
+            self._cache = self._adapter.new_cache(self._target, num_slots=num_slots)
         self._cache.truncate(0, 0)
         for sequence in sequences:
             self._memory[sequence] = _Memory(pending=[])
@@ -103,19 +96,17 @@ class KangarooDrafter:
         states = [self._run_shallow(batch, root, offset=0)]
         fresh = torch.cat([*memory.pending, states[0]])
         while len(guesses) < gamma:
-            logits, positions = self._predict(fresh)
-            token = choose(logits, positions, params=[sequence.request.params], num_rows=[1])
+            token, confidence = self._predict(fresh, sequence.request.params)
             fresh = self._run_shallow(batch, token, offset=len(states))
             guesses.append(token)
             states.append(fresh)
-            if self._stopping.reads_confidence:
-                confidences.append(torch.softmax(logits, dim=-1).amax(dim=-1))
-                if self._stopping.stops(confidences[-1])[0]:
-                    break
+            confidences.append(confidence)
+            if self._stopping.reads_confidence and self._stopping.stops(confidence)[0]:
+                break
         if guesses:
             memory.pending = []
         memory.num_speculative = len(guesses)
-        confidence = torch.stack([torch.ones_like(confidences[0]), *confidences], dim=1) if confidences else None
+        confidence = torch.stack([torch.ones(1, device=root.device), *confidences], dim=1)
         draft = chain_draft(root, guesses)
         return replace(draft, resume_layer=self.exit_layer, hidden=torch.cat(states), confidence=confidence)
 
@@ -140,12 +131,16 @@ class KangarooDrafter:
         hidden, _ = self._target.forward(self._target.embed(token), (0, self.exit_layer), attention=attention)
         return hidden
 
-    def _predict(self, states: Tensor) -> tuple[Tensor, Tensor]:
-        """Feed states [R, D] to the adapter; returns the last one's logits [1, V] and position [1]."""
+    def _predict(self, states: Tensor, params: SamplingParams) -> tuple[Tensor, Tensor]:
+        """Feed states [R, D] to the adapter; returns the token [1] that follows them and its confidence [1]."""
         assert self._cache is not None, "draft() before begin()"
         for block in states.split(FEED_ROWS):
             start = self._cache.lengths[0]
             attention = CachedPass(self._cache, [Segment(0, start, len(block))])
-            normed = self._adapter.forward(block, attention=attention)
+            hidden = self._adapter.run(block, attention=attention)
             self._cache.truncate(0, start + len(block))
-        return self._target.head_logits(normed[-1:]), attention.positions[-1:]
+        if params.temperature == 0:
+            return self._target.guess(hidden[-1:], self._adapter.final_norm)
+        logits = self._target.logits(hidden[-1:], self._adapter.final_norm)
+        token = choose(logits, attention.positions[-1:], params=[params], num_rows=[1])
+        return token, torch.softmax(logits, dim=-1).amax(dim=-1)

@@ -107,13 +107,7 @@ class Engine:
     def _cache_for(self, num_slots: int) -> KVCache:
         if self._cache is None or self._cache.num_slots < num_slots:
             self._cache = None  # freed before the larger one is allocated
-            self._cache = KVCache(
-                self.target.config,
-                num_sequences=1,
-                num_slots=-(-num_slots // SLOT_BLOCK) * SLOT_BLOCK,
-                dtype=self.target.embedding.dtype,
-                device=self.target.device,
-            )
+            self._cache = self.target.new_cache(1, -(-num_slots // SLOT_BLOCK) * SLOT_BLOCK)
         self._cache.truncate(0, 0)
         return self._cache
 

@@ -3,13 +3,15 @@
 Shapes: B sequences, N draft nodes (padded), R packed nodes of all sequences, D hidden size, V vocabulary.
 """
 
+from collections.abc import Sequence as SequenceOf
 from dataclasses import replace
 
 import torch
 from torch import Tensor
 
-from kangaroo.drafters.base import Batch, Drafter
+from kangaroo.drafters.base import Batch, Drafter, Sequence
 from kangaroo.model.cache import CachedPass
+from kangaroo.model.transformer import Transformer
 from kangaroo.sampling import choose
 from kangaroo.types import Draft, Outcome
 from kangaroo.verify import walk
@@ -32,8 +34,7 @@ def prefill(batch: Batch, drafter: Drafter) -> Outcome:
             hidden, taps = target.forward(target.embed(tokens), span, attention=attention, taps=drafter.taps)
             blocks.append(taps)
             cache.truncate(sequence.slot, cache.lengths[sequence.slot] + len(tokens))
-        params = [sequence.request.params]
-        last = choose(target.logits(hidden[-1:]), attention.positions[-1:], params=params, num_rows=[1])
+        last = _choose(hidden[-1:], attention, target=target, sequences=[sequence], num_rows=[1])
         picked.append((int(last),))
         tapped.append({layer: torch.cat([block[layer] for block in blocks]) for layer in drafter.taps})
     paths = tuple(tuple(range(len(sequence.tokens))) for sequence in batch.sequences)
@@ -57,8 +58,7 @@ def decode_step(batch: Batch, drafter: Drafter) -> tuple[Draft, Outcome]:
     entering = target.embed(packed) if draft.hidden is None else draft.hidden
     span = (draft.resume_layer, target.num_layers)
     hidden, taps = target.forward(entering, span, attention=attention, taps=drafter.taps)
-    params = [sequence.request.params for sequence in batch.sequences]
-    choices = choose(target.logits(hidden), attention.positions, params=params, num_rows=draft.num_nodes)
+    choices = _choose(hidden, attention, target=target, sequences=batch.sequences, num_rows=draft.num_nodes)
     padded = torch.nn.utils.rnn.pad_sequence(list(choices.split(draft.num_nodes)), batch_first=True, padding_value=-1)
     # The one read of the device: the draft may still be under way until here.
     tokens, choices = torch.stack([draft.tokens, padded]).cpu()
@@ -66,6 +66,15 @@ def decode_step(batch: Batch, drafter: Drafter) -> tuple[Draft, Outcome]:
     outcome = _commit(batch, draft, paths=walk(draft, choices), choices=choices, taps=taps)
     drafter.accept(batch.sequences, outcome)
     return draft, outcome
+
+
+def _choose(hidden: Tensor, attention: CachedPass, *, target: Transformer, sequences: SequenceOf[Sequence],
+            num_rows: SequenceOf[int]) -> Tensor:  # fmt: skip
+    """The target's picks [R] after the states [R, D] of the pass's last rows."""
+    params = [sequence.request.params for sequence in sequences]
+    if all(one.temperature == 0 for one in params):
+        return target.argmax(hidden)
+    return choose(target.logits(hidden), attention.positions[-len(hidden) :], params=params, num_rows=num_rows)
 
 
 def _commit(batch: Batch, draft: Draft, *, paths: Tensor, choices: Tensor, taps: dict[int, Tensor]) -> Outcome:

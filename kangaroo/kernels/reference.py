@@ -9,8 +9,13 @@ import torch.nn.functional as F
 from torch import Tensor
 
 
-def prepare(weight: Tensor) -> Tensor:
-    """Bring a weight [N, K] or bias [N] into the form linear() reads: float32 on a CPU, as stored elsewhere."""
+def prepare(weight: Tensor, *, storage: str | None = None) -> Tensor:
+    """Bring a weight [N, K] or bias [N] into the form linear() reads: float32 on a CPU, as stored elsewhere.
+
+    storage "int8" rounds a weight to what int8 codes can stand for; other types are rounded before.
+    """
+    if storage == "int8" and weight.ndim == 2:
+        weight = dequantize(*quantize(weight)).to(weight.dtype)
     if weight.device.type != "cpu":
         return weight
     # Input-major in memory: the row-times-matrix product of plain decoding reads it up to twice as fast.
@@ -68,3 +73,17 @@ def gate(gate_up: Tensor, *, activation: str) -> Tensor:
     """Gated activation of [..., 2F]: activation (silu or gelu_tanh) of the first half times the second; [..., F]."""
     gated, up = gate_up.chunk(2, dim=-1)
     return (F.silu(gated) if activation == "silu" else F.gelu(gated, approximate="tanh")) * up
+
+
+def quantize(weight: Tensor) -> tuple[Tensor, Tensor]:
+    """Round a weight [N, K] to int8 codes [N, K] and one symmetric scale per output, [N] float32."""
+    scales = weight.float().abs().amax(dim=1) / 127
+    # An all-zero row keeps its zeros whatever the scale.
+    scales = torch.where(scales > 0, scales, torch.ones_like(scales))
+    codes = (weight.float() / scales[:, None]).round().clamp(-127, 127).to(torch.int8)
+    return codes.contiguous(), scales.contiguous()
+
+
+def dequantize(codes: Tensor, scales: Tensor) -> Tensor:
+    """The float32 weight [N, K] that int8 codes [N, K] and scales [N] stand for."""
+    return codes.float() * scales[:, None]

@@ -4,13 +4,13 @@ Shapes: B sequences, R rows of a pass, S visible slots, G key-value heads, H que
 """
 
 from dataclasses import dataclass
+from functools import cached_property
 
 import torch
 from torch import Tensor
 
 from kangaroo.kernels import reference
 from kangaroo.model.config import ModelConfig
-from kangaroo.model.transformer import causal_mask
 
 
 class KVCache:
@@ -25,6 +25,7 @@ class KVCache:
     ) -> None:
         """num_slots: tokens a sequence may hold; a pass may use them all."""
         self.config = config
+        self.device = device
         self.num_slots = num_slots
         self.lengths = [0] * num_sequences
         shape = (num_sequences, config.num_kv_heads, num_slots, config.head_dim)
@@ -42,12 +43,16 @@ class KVCache:
 
         A path along a chain moves nothing; a branch of a tree is compacted.
         """
-        start = self.lengths[sequence]
         if path != list(range(len(path))):
-            source = torch.tensor(path, device=self.keys[0].device) + start
-            for stored in (*self.keys, *self.values):
-                stored[sequence, :, start : start + len(path)] = stored[sequence, :, source]
-        self.truncate(sequence, start + len(path))
+            self.compact(sequence, path)
+        self.truncate(sequence, self.lengths[sequence] + len(path))
+
+    def compact(self, sequence: int, path: list[int]) -> None:
+        """Move the rows path behind the committed slots, in order."""
+        start = self.lengths[sequence]
+        source = torch.tensor(path, device=self.keys[0].device) + start
+        for stored in (*self.keys, *self.values):
+            stored[sequence, :, start : start + len(path)] = stored[sequence, :, source]
 
 
 @dataclass(frozen=True)
@@ -93,22 +98,32 @@ class CachedPass:
 
     def __init__(self, cache: KVCache, segments: list[Segment]) -> None:
         """Every segment must fit: start + num_rows <= cache.num_slots."""
-        self._cache = cache
-        self._segments = segments
-        device = cache.keys[0].device
-        own = [segment.positions(device) for segment in segments]
+        self.cache = cache
+        self.segments = segments
         self.num_positions = max(segment.start + segment.num_rows for segment in segments)
-        self.positions = own[0] if len(own) == 1 else torch.cat(own)
-        windows = set(cache.config.windows)
-        self._masks = [
+
+    @cached_property
+    def positions(self) -> Tensor:
+        """[R] int64: every row's position."""
+        return self._own_positions[0] if len(self.segments) == 1 else torch.cat(self._own_positions)
+
+    @cached_property
+    def _own_positions(self) -> list[Tensor]:
+        device = self.cache.device
+        return [segment.positions(device) for segment in self.segments]
+
+    @cached_property
+    def _masks(self) -> list[dict[int | None, Tensor | None]]:
+        windows = set(self.cache.config.windows)
+        return [
             {window: _mask(segment, positions, window=window) for window in windows}
-            for segment, positions in zip(segments, own, strict=True)
+            for segment, positions in zip(self.segments, self._own_positions, strict=True)
         ]
 
     def attend(self, layer_id: int, query: Tensor, *, key: Tensor, value: Tensor) -> Tensor:
         """Attend from query [R, H, E] with new key and value [R, G, E]; returns [R, H * E]."""
         outputs, row = [], 0
-        for segment, masks in zip(self._segments, self._masks, strict=True):
+        for segment, masks in zip(self.segments, self._masks, strict=True):
             rows = slice(row, row + segment.num_rows)
             outputs.append(self._attend_segment(layer_id, segment, query=query[rows], key=key[rows],
                                                 value=value[rows], masks=masks))  # fmt: skip
@@ -117,10 +132,10 @@ class CachedPass:
 
     def _attend_segment(self, layer_id: int, segment: Segment, *, query: Tensor, key: Tensor, value: Tensor,
                         masks: dict[int | None, Tensor | None]) -> Tensor:  # fmt: skip
-        config = self._cache.config
+        config = self.cache.config
         stop = segment.start + segment.num_rows
-        keys = self._cache.keys[layer_id][segment.sequence]
-        values = self._cache.values[layer_id][segment.sequence]
+        keys = self.cache.keys[layer_id][segment.sequence]
+        values = self.cache.values[layer_id][segment.sequence]
         keys[:, segment.start : stop] = key.transpose(0, 1)
         values[:, segment.start : stop] = value.transpose(0, 1)
         out = reference.attention(
@@ -144,3 +159,14 @@ def _mask(segment: Segment, positions: Tensor, *, window: int | None) -> Tensor 
     if segment.parents is not None:
         mask[:, segment.start :].masked_fill_(~segment.visibility().to(positions.device), float("-inf"))
     return mask
+
+
+def causal_mask(offsets: Tensor, *, window: int | None) -> Tensor:
+    """Additive float32 mask: 0 where the key is at most window - 1 positions back and not ahead, else -inf.
+
+    offsets: the row's position minus the key's, any shape.
+    """
+    hidden = offsets < 0
+    if window is not None:
+        hidden |= offsets >= window
+    return torch.zeros(offsets.shape, device=offsets.device).masked_fill_(hidden, float("-inf"))

@@ -13,6 +13,7 @@ import torch
 from torch import Tensor
 
 from kangaroo.kernels import reference
+from kangaroo.model.cache import KVCache, causal_mask
 from kangaroo.model.config import ModelConfig, RopeSettings
 
 
@@ -22,8 +23,10 @@ class AttentionPass(Protocol):
     positions: [...] int64 on the device, all below num_positions, which the host knows.
     """
 
-    positions: Tensor
     num_positions: int
+
+    @property
+    def positions(self) -> Tensor: ...
 
     def attend(self, layer_id: int, query: Tensor, *, key: Tensor, value: Tensor) -> Tensor:
         """Attend from query [..., H, E] with new key and value [..., G, E]; returns [..., H * E]."""
@@ -65,16 +68,21 @@ class Rotary:
         self._frequencies = inverse_frequencies(settings, head_dim).to(device)
         self._tables = torch.empty(2, 0, 1, head_dim, device=device)
 
-    def at(self, positions: Tensor, num_positions: int) -> tuple[Tensor, Tensor]:
-        """Cosine and signed sine [..., 1, E] at positions [...], all below num_positions (known on the host)."""
+    def tables(self, num_positions: int) -> Tensor:
+        """Cosine and signed sine [2, S, 1, E] float32 of at least the first num_positions positions."""
         if self._tables.shape[1] < num_positions:
             size = 1 << (num_positions - 1).bit_length()
             # Tables made while decoding serve training too, which inference tensors could not.
             with torch.inference_mode(False):
-                angles = torch.arange(size, device=positions.device)[:, None].float() * self._frequencies
+                angles = torch.arange(size, device=self._tables.device)[:, None].float() * self._frequencies
                 cosine, sine = angles.cos(), angles.sin()
                 self._tables = torch.stack([torch.cat([cosine, cosine], -1), torch.cat([-sine, sine], -1)])[:, :, None]
-        return self._tables[0][positions], self._tables[1][positions]
+        return self._tables
+
+    def at(self, positions: Tensor, num_positions: int) -> tuple[Tensor, Tensor]:
+        """Cosine and signed sine [..., 1, E] at positions [...], all below num_positions (known on the host)."""
+        cosine, sine = self.tables(num_positions)
+        return cosine[positions], sine[positions]
 
 
 def inverse_frequencies(settings: RopeSettings, head_dim: int) -> Tensor:
@@ -97,6 +105,8 @@ def inverse_frequencies(settings: RopeSettings, head_dim: int) -> Tensor:
 class Transformer:
     """A decoder-only model: embedding, layers, final norm and head, with no state between calls."""
 
+    backend = "reference"
+
     def __init__(self, config: ModelConfig, layers: Sequence[Layer], *, embedding: Tensor, final_norm: Tensor,
                  head: Tensor) -> None:  # fmt: skip
         """embedding: [V, D]; final_norm: [D]; head: [V, D], the embedding itself where it is tied."""
@@ -112,8 +122,17 @@ class Transformer:
         return self.embedding.device
 
     @property
+    def dtype(self) -> torch.dtype:
+        """The type of hidden states: the weights' own, float32 on a CPU whatever the weights are stored in."""
+        return self.embedding.dtype
+
+    @property
     def num_layers(self) -> int:
         return len(self.layers)
+
+    def new_cache(self, num_sequences: int, num_slots: int) -> KVCache:
+        """An empty cache for this model's keys and values."""
+        return KVCache(self.config, num_sequences, num_slots=num_slots, dtype=self.dtype, device=self.device)
 
     def parameters(self) -> Iterator[tuple[str, Tensor]]:
         """Every weight with a stable name; a tied head is listed once, as the embedding."""
@@ -149,9 +168,19 @@ class Transformer:
             tapped[stop] = hidden
         return hidden, tapped
 
-    def logits(self, hidden: Tensor) -> Tensor:
-        """Next-token logits [..., V], float32, for hidden states [..., D] that leave the last layer."""
-        return self.head_logits(reference.rms_norm(hidden, self.final_norm, eps=self.config.norm_eps))
+    def logits(self, hidden: Tensor, norm: Tensor | None = None) -> Tensor:
+        """Next-token logits [..., V], float32, of hidden states [..., D] under a norm [D], else the final one."""
+        weight = self.final_norm if norm is None else norm
+        return self.head_logits(reference.rms_norm(hidden, weight, eps=self.config.norm_eps))
+
+    def argmax(self, hidden: Tensor) -> Tensor:
+        """The most likely next token [R] int64 of hidden states [R, D], the lowest id winning ties."""
+        return self.logits(hidden).argmax(dim=-1)
+
+    def guess(self, hidden: Tensor, norm: Tensor) -> tuple[Tensor, Tensor]:
+        """A drafter's argmax [R] int64 and its probability [R], of states [R, D] under the drafter's norm [D]."""
+        logits = self.logits(hidden, norm)
+        return logits.argmax(dim=-1), torch.softmax(logits, dim=-1).amax(dim=-1)
 
     def head_logits(self, normed: Tensor) -> Tensor:
         """Logits [..., V], float32, of normed states [..., D]: the head a drafter may share."""
@@ -217,14 +246,3 @@ class FullSequencePass:
             cap = self._config.attention_softcap
             out = reference.attention(query, key=key, value=value, mask=mask, scale=scale, softcap=cap)
         return out.transpose(-2, -3).flatten(-2)
-
-
-def causal_mask(offsets: Tensor, *, window: int | None) -> Tensor:
-    """Additive float32 mask: 0 where the key is at most window - 1 positions back and not ahead, else -inf.
-
-    offsets: the row's position minus the key's, any shape.
-    """
-    hidden = offsets < 0
-    if window is not None:
-        hidden |= offsets >= window
-    return torch.zeros(offsets.shape, device=offsets.device).masked_fill_(hidden, float("-inf"))

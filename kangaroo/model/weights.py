@@ -1,7 +1,7 @@
 """Safetensors checkpoints, from a local folder or the hub, into our parameters and back; never pickle."""
 
 import json
-from collections.abc import Mapping
+from collections.abc import Callable, Iterator, Mapping, MutableMapping
 from pathlib import Path
 
 import torch
@@ -12,7 +12,7 @@ from safetensors.torch import save_file
 from torch import Tensor
 
 from kangaroo.errors import CheckpointError
-from kangaroo.kernels import reference
+from kangaroo.kernels import REFERENCE, reference
 from kangaroo.model.config import ModelConfig
 from kangaroo.model.transformer import Layer, Transformer
 
@@ -22,6 +22,8 @@ HUB_FILES = ["model*.safetensors", "model.safetensors.index.json", "config.json"
              "added_tokens.json", "chat_template.jinja", "vocab.json", "vocab.txt", "merges.txt",
              "adapter/config.json", "adapter/adapter.safetensors"]  # fmt: skip
 DTYPES = {"float32": torch.float32, "bfloat16": torch.bfloat16, "float16": torch.float16}
+# What weights may be kept in; int8 has one scale per output.
+STORAGES = (*DTYPES, "int8")
 
 
 def resolve_folder(model: str) -> Path:
@@ -41,13 +43,26 @@ def resolve_folder(model: str) -> Path:
         raise CheckpointError(f"no folder {model} here, and the hub has no usable copy: {reason}") from error
 
 
-def load_transformer(folder: Path, config: ModelConfig, *, dtype: torch.dtype, device: torch.device) -> Transformer:
-    """Load the model of a checkpoint folder, weights rounded to dtype, norms kept in float32.
+def load_transformer(
+    folder: Path, config: ModelConfig, *, storage: str, device: torch.device, backend: str = REFERENCE
+) -> Transformer:
+    """Load the model of a checkpoint folder, weights kept in storage (STORAGES), norms in float32.
 
+    backend: "reference", or "native" for packed weights on the CPU, which decode but do not train.
     Raises CheckpointError where files are missing or damaged, or names or shapes disagree with config.
     """
-    shapes = expected_shapes(config)
-    return assemble(_read_tensors(folder, shapes), config, dtype=dtype, device=device)
+    tensors = _read_tensors(folder, expected_shapes(config))
+    if backend == REFERENCE:
+        return assemble(tensors, config, storage=storage, device=device)
+    # Here, because the native kernels may not be built.
+    from kangaroo.model.packed import PackedTransformer
+
+    base = DTYPES.get(storage, torch.float32)
+    layers = read_layers(tensors, config, convert=lambda weight: weight.to(base))
+    embedding = tensors["model.embed_tokens.weight"].to(base)
+    head = embedding if config.tied_head else tensors["lm_head.weight"].to(base)
+    final_norm = tensors["model.norm.weight"].float() + config.norm_offset
+    return PackedTransformer(config, layers, embedding=embedding, final_norm=final_norm, head=head, storage=storage)
 
 
 def save_checkpoint(model: Transformer, folder: Path, *, raw_config: Mapping[str, object], dtype: torch.dtype) -> None:
@@ -87,34 +102,41 @@ def expected_shapes(config: ModelConfig) -> dict[str, tuple[int, ...]]:
     return shapes
 
 
-def assemble(
-    tensors: Mapping[str, Tensor], config: ModelConfig, *, dtype: torch.dtype, device: torch.device
-) -> Transformer:
-    """A Transformer from tensors in a checkpoint's names (expected_shapes)."""
+def assemble(tensors: Mapping[str, Tensor], config: ModelConfig, *, storage: str, device: torch.device) -> Transformer:
+    """A Transformer on the reference kernels from tensors in a checkpoint's names (expected_shapes)."""
+    base = DTYPES.get(storage, torch.float32)
 
-    def weight(*names: str) -> Tensor:
-        parts = [tensors[f"{name}.weight"] for name in names]
-        return reference.prepare(torch.cat(parts).to(dtype).to(device))
+    def prepare(weight: Tensor) -> Tensor:
+        return reference.prepare(weight.to(base).to(device), storage=storage)
 
-    def bias(*names: str) -> Tensor | None:
-        if not _has_bias(config, names[0].split(".", 3)[-1]):
-            return None
-        return reference.prepare(torch.cat([tensors[f"{name}.bias"] for name in names]).to(dtype).to(device))
+    remaining = dict(tensors)
+    embedding = prepare(remaining["model.embed_tokens.weight"])
+    head = embedding if config.tied_head else prepare(remaining["lm_head.weight"])
+    final_norm = (remaining["model.norm.weight"].float() + config.norm_offset).to(device)
+    layers = list(read_layers(remaining, config, convert=prepare))
+    return Transformer(config, layers, embedding=embedding, final_norm=final_norm, head=head)
 
-    def norm(name: str) -> Tensor:
-        return (tensors[f"{name}.weight"].float() + config.norm_offset).to(device)
 
-    layers = []
+def read_layers(
+    tensors: MutableMapping[str, Tensor], config: ModelConfig, *, convert: Callable[[Tensor], Tensor]
+) -> Iterator[Layer]:
+    """The layers of a checkpoint's tensors one by one, taking each out of tensors; weights and biases are converted."""
+
+    def take(names: list[str], kind: str) -> Tensor:
+        return convert(torch.cat([tensors.pop(f"{name}.{kind}") for name in names]))
+
     for layer_id in range(config.num_layers):
         prefix = f"model.layers.{layer_id}."
-        stacked = {field: [prefix + name for name in names] for field, names in _STACKS.items()}
-        norms = {field: norm(prefix + name) for field, name in _norm_names(config).items()}
-        linears = {field: weight(*names) for field, names in stacked.items()}
-        biases = {f"{field}_bias": bias(*names) for field, names in stacked.items()}
-        layers.append(Layer(**norms, **linears, **biases))  # type: ignore[arg-type]
-    embedding = weight("model.embed_tokens")
-    head = embedding if config.tied_head else weight("lm_head")
-    return Transformer(config, layers, embedding=embedding, final_norm=norm("model.norm"), head=head)
+        fields: dict[str, Tensor] = {}
+        for field, names in _STACKS.items():
+            stacked = [prefix + name for name in names]
+            fields[field] = take(stacked, "weight")
+            if _has_bias(config, names[0]):
+                fields[f"{field}_bias"] = take(stacked, "bias")
+        for field, name in _norm_names(config).items():
+            norm = tensors.pop(f"{prefix}{name}.weight").float() + config.norm_offset
+            fields[field] = norm.to(fields["qkv"].device)
+        yield Layer(**fields)
 
 
 def disassemble(model: Transformer) -> dict[str, Tensor]:

@@ -59,7 +59,7 @@ def test_texts_that_differ_are_told_and_fail(
     run: Run, model_folder: Path, make_model: MakeModel, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     pair = [LLM(load_model(str(folder)), PlainDrafter()) for folder in (model_folder, make_model(seed=1))]
-    monkeypatch.setattr(demo, "_load", lambda *args, **kwargs: pair)
+    monkeypatch.setattr(demo, "_pair", lambda *args, **kwargs: pair)
     ran = run("demo", *SHORT)
     assert ran.status == 1
     assert "identical texts: no" in ran.out

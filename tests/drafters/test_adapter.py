@@ -191,9 +191,9 @@ def test_adapter_of_a_7b_model_has_67_million_parameters() -> None:
 def test_fingerprint_is_the_same_in_every_dtype_and_differs_between_models(target: Transformer) -> None:
     tensors = disassemble(target)
     rounded = {name: tensor.bfloat16() for name, tensor in tensors.items()}
-    for given, dtype in ((tensors, torch.float16), (rounded, torch.float32)):
-        reloaded = assemble(given, target.config, dtype=dtype, device=target.device)
+    for given, storage in ((tensors, "float16"), (rounded, "float32")):
+        reloaded = assemble(given, target.config, storage=storage, device=target.device)
         assert fingerprint(reloaded) == fingerprint(target)
     tensors["model.layers.1.input_layernorm.weight"] = tensors["model.layers.1.input_layernorm.weight"] * 1.1
-    other = assemble(tensors, target.config, dtype=torch.float32, device=target.device)
+    other = assemble(tensors, target.config, storage="float32", device=target.device)
     assert fingerprint(other) != fingerprint(target)

@@ -178,13 +178,13 @@ def test_adapter_is_fed_each_accepted_token_once(monkeypatch: pytest.MonkeyPatch
     target = tame_target()
     drafter = make_drafter(target, stopping)
     fed: Counter[int] = Counter()
-    forward = drafter._adapter.forward
+    run = drafter._adapter.run
 
     def spy(hidden: Tensor, *, attention: CachedPass) -> Tensor:
         fed.update(attention.positions.tolist())
-        return forward(hidden, attention=attention)
+        return run(hidden, attention=attention)
 
-    monkeypatch.setattr(drafter._adapter, "forward", spy)
+    monkeypatch.setattr(drafter._adapter, "run", spy)
     recorder = Recorder(drafter, target, SamplingParams(max_new_tokens=30))
     recorder.finish()
     assert drafter._cache is not None
@@ -276,8 +276,12 @@ def test_eta_zero_drafts_gamma_tokens_and_eta_one_drafts_one() -> None:
         assert lengths == [min(expected, room) for room in left]
 
 
-def test_draft_has_no_confidence_when_nobody_reads_it() -> None:
-    assert all(draft.confidence is None for _, draft in drafts_of(FixedLength(3)))
+def test_draft_has_the_same_confidence_whether_or_not_a_policy_reads_it() -> None:
+    unread, read = drafts_of(FixedLength(3)), drafts_of(ConfidenceThreshold(3, 0.0))
+    for (_, draft), (_, other) in zip(unread, read, strict=True):
+        assert draft.confidence is not None
+        assert other.confidence is not None
+        assert torch.equal(draft.confidence, other.confidence)
 
 
 @pytest.mark.parametrize("max_new_tokens", range(2, 9))

@@ -10,7 +10,7 @@ from kangaroo.drafters.base import Batch, Sequence
 from kangaroo.drafters.plain import PlainDrafter
 from kangaroo.engine import step
 from kangaroo.engine.step import decode_step, prefill
-from kangaroo.model.cache import KVCache
+from kangaroo.model.cache import CachedPass, KVCache
 from kangaroo.model.transformer import FullSequencePass, Transformer
 from kangaroo.types import Draft, Outcome, Request, SamplingParams
 from tests.tiny import tiny_config, tiny_transformer
@@ -115,14 +115,14 @@ def test_verification_logits_equal_a_full_pass_over_each_branch(monkeypatch: pyt
     batch, drafter = make_batch(target, PROMPTS), GrowingTrees(TREES)
     seen: list[tuple[Tensor, Tensor]] = []
 
-    def spy(logits: Tensor, positions: Tensor, **others: object) -> Tensor:
-        seen.append((logits, positions))
-        return logits.argmax(-1)
+    def spy(hidden: Tensor, attention: CachedPass, **others: object) -> Tensor:
+        seen.append((target.logits(hidden), attention.positions))
+        return seen[-1][0].argmax(-1)
 
     commit(batch, prefill(batch, drafter))
     for sequence in batch.sequences:
         drafter.known[sequence] = plain_text(target, sequence.tokens, 12)
-    monkeypatch.setattr(step, "choose", spy)
+    monkeypatch.setattr(step, "_choose", spy)
     for _ in range(3):
         texts = [list(sequence.tokens) for sequence in batch.sequences]
         draft, outcome = decode_step(batch, drafter)

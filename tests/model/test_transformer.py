@@ -7,9 +7,9 @@ import pytest
 import torch
 from torch import Tensor
 
-from kangaroo.model.cache import CachedPass, KVCache, Segment
+from kangaroo.model.cache import CachedPass, KVCache, Segment, causal_mask
 from kangaroo.model.config import ModelConfig, RopeSettings
-from kangaroo.model.transformer import FullSequencePass, Rotary, Transformer, causal_mask
+from kangaroo.model.transformer import FullSequencePass, Rotary, Transformer
 from kangaroo.model.weights import load_transformer, resolve_folder
 from tests.model.checkpoints import CASES, NUM_TOKENS, Checkpoint, write_checkpoint
 from tests.tiny import tiny_config, tiny_transformer
@@ -26,7 +26,7 @@ def checkpoint(request: pytest.FixtureRequest, tmp_path_factory: pytest.TempPath
 @pytest.fixture(scope="module")
 def model(checkpoint: Checkpoint) -> Transformer:
     folder = resolve_folder(str(checkpoint.folder))
-    return load_transformer(folder, ModelConfig.from_folder(folder), dtype=torch.float32, device=CPU)
+    return load_transformer(folder, ModelConfig.from_folder(folder), storage="float32", device=CPU)
 
 
 def new_cache(model: Transformer, num_sequences: int = 1, num_slots: int = NUM_TOKENS) -> KVCache:
@@ -119,7 +119,7 @@ def test_sharded_checkpoint(tmp_path: Path) -> None:
     sharded = write_checkpoint("llama-biases", tmp_path / "it", max_shard_size="20KB")
     assert len(list(sharded.folder.glob("*.safetensors"))) > 2
     config = ModelConfig.from_folder(sharded.folder)
-    loaded = load_transformer(sharded.folder, config, dtype=torch.float32, device=CPU)
+    loaded = load_transformer(sharded.folder, config, storage="float32", device=CPU)
     assert largest_difference(full_logits(loaded, sharded.tokens), sharded.logits) < TOLERANCE
 
 

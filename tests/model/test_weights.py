@@ -12,7 +12,7 @@ from torch import Tensor
 from kangaroo.errors import CheckpointError
 from kangaroo.model.config import FAMILIES, ModelConfig
 from kangaroo.model.transformer import FullSequencePass, Transformer
-from kangaroo.model.weights import disassemble, load_transformer, resolve_folder, save_checkpoint
+from kangaroo.model.weights import DTYPES, disassemble, load_transformer, resolve_folder, save_checkpoint
 from tests.model.checkpoints import reference_logits
 from tests.tiny import tiny_config, tiny_raw_config, tiny_transformer
 
@@ -32,8 +32,8 @@ def folder(tmp_path: Path) -> Path:
     return tmp_path
 
 
-def load(folder: Path, dtype: torch.dtype = torch.float32) -> Transformer:
-    return load_transformer(folder, ModelConfig.from_folder(folder), dtype=dtype, device=CPU)
+def load(folder: Path, storage: str = "float32") -> Transformer:
+    return load_transformer(folder, ModelConfig.from_folder(folder), storage=storage, device=CPU)
 
 
 def logits(model: Transformer, tokens: Tensor) -> Tensor:
@@ -75,11 +75,11 @@ def test_tied_checkpoint_with_a_stored_head(tmp_path: Path) -> None:
     assert torch.equal(loaded.embedding, model.embedding)
 
 
-@pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float16])
-def test_weights_are_rounded_to_the_dtype_and_norms_are_not(folder: Path, dtype: torch.dtype) -> None:
-    exact, rounded = dict(load(folder).parameters()), dict(load(folder, dtype).parameters())
+@pytest.mark.parametrize("storage", ["bfloat16", "float16"])
+def test_weights_are_rounded_to_their_storage_and_norms_are_not(folder: Path, storage: str) -> None:
+    exact, rounded = dict(load(folder).parameters()), dict(load(folder, storage).parameters())
     for name, tensor in exact.items():
-        expected = tensor if name.endswith("norm") else tensor.to(dtype).float()
+        expected = tensor if name.endswith("norm") else tensor.to(DTYPES[storage]).float()
         assert torch.equal(rounded[name].float(), expected), name
         assert rounded[name].dtype == torch.float32, name
 

@@ -1,0 +1,160 @@
+"""The native row-invariant kernels behind tensors, checked here before their memory is touched.
+
+The value of a row never depends on which rows run beside it, how many, in which slots, or on how many threads.
+Shapes: K inputs, N outputs, D hidden size, R rows, V vocabulary, S positions, E head size.
+"""
+
+from collections.abc import Mapping, Sequence
+
+import torch
+from torch import Tensor
+
+from kangaroo.errors import SettingsError
+from kangaroo.kernels import _native
+from kangaroo.kernels.reference import quantize
+
+Weight = _native.Weight
+Cache = _native.Cache
+# (sequence, slot of the first node, first node to run, number of rows, parents of all nodes or None for a chain)
+Segment = tuple[int, int, int, int, Sequence[int] | None]
+
+NORMS = ("input_norm", "query_norm", "key_norm", "post_attention_norm", "mlp_norm", "post_mlp_norm")
+
+
+def instruction_sets() -> list[str]:
+    """What this processor can run, the fastest last."""
+    names: list[str] = _native.instruction_sets()
+    return names
+
+
+def selected() -> str:
+    """The instruction set in use."""
+    name: str = _native.selected()
+    return name
+
+
+def num_threads() -> int:
+    """How many threads run a call, the caller's included."""
+    count: int = _native.num_threads()
+    return count
+
+
+def select(instruction_set: str, *, num_threads: int | None = None) -> None:
+    """Use these kernels on so many threads, PyTorch's number unless given; raises SettingsError for unknown ones."""
+    try:
+        _native.select(instruction_set)
+    except ValueError as error:
+        raise SettingsError(f"instruction set must be one of {', '.join(instruction_sets())}, "
+                            f"got {instruction_set}") from error  # fmt: skip
+    count = num_threads or torch.get_num_threads()
+    if count != _native.num_threads():
+        _native.set_num_threads(count)
+
+
+def pack(weight: Tensor, *, storage: str, bias: Tensor | None = None, paired: bool = False) -> Weight:
+    """Pack a weight [N, K] into panels, stored as float32, bfloat16, float16 or int8.
+
+    A paired weight holds gate and up projection, N / 2 rows each, and is multiplied panel by panel in turn.
+    """
+    bias = None if bias is None else bias.detach().float().contiguous()
+    if storage == "int8":
+        codes, scales = quantize(weight.detach())
+        return Weight(codes, paired=paired, scales=scales, bias=bias)
+    rows = weight.detach().to(getattr(torch, storage)).contiguous()
+    return Weight(rows, paired=paired, scales=None, bias=bias)
+
+
+def gather(weight: Weight, rows: Tensor) -> Tensor:
+    """Rows [R, K] float32 of a weight by their ids [R] int64: an embedding."""
+    out = torch.empty(len(rows), weight.num_inputs)
+    weight.gather(rows.tolist(), out.data_ptr())
+    return out
+
+
+def linear(hidden: Tensor, weight: Weight) -> Tensor:
+    """Multiply hidden [R, K] by a packed weight; returns [R, N]."""
+    out = torch.empty(len(hidden), weight.num_rows)
+    _native.linear(weight, _address(hidden, (len(hidden), weight.num_inputs)), len(hidden), out.data_ptr())
+    return out
+
+
+class Stack:
+    """Packed decoder layers that run as one call over any span of them."""
+
+    def __init__(self, sizes: tuple[int, int, int, int], *, norm_eps: float, attention_scale: float,
+                 softcap: float | None, activation: str) -> None:  # fmt: skip
+        """sizes: hidden size, heads, key-value heads, head size."""
+        self._hidden_size, self._head_dim = sizes[0], sizes[3]
+        self._stack = _native.Stack(sizes, norm_eps, attention_scale, softcap or 0.0, activation == "gelu_tanh")
+
+    def add_layer(self, weights: Sequence[Weight | None], norms: Mapping[str, Tensor], *, window: int | None) -> None:
+        """weights: qkv, output, and gate_up and down or two None; norms: those of NORMS that the layer has."""
+        given = [norms[name].detach().float().contiguous() if name in norms else None for name in NORMS]
+        self._stack.add_layer(list(weights), given, window or 0)
+
+    def run(self, hidden: Tensor, span: tuple[int, int], *, cache: Cache, segments: Sequence[Segment],
+            tables: Tensor, taps: Sequence[int] = ()) -> tuple[Tensor, dict[int, Tensor]]:  # fmt: skip
+        """Run layers [i, j) over the states [R, D] that enter layer i; returns those that leave layer j - 1.
+
+        tables: [2, S, 1, E] cosine and sine. Returns also, for each tap in i..j, the states that enter it.
+        """
+        shape = (hidden.shape[0], self._hidden_size)
+        entering = _address(hidden, shape)
+        cosine = _address(tables, (2, tables.shape[1], 1, self._head_dim))
+        sine = cosine + 4 * tables.shape[1] * self._head_dim
+        out = torch.empty(shape)
+        start, stop = span
+        inner = {tap: torch.empty(shape) for tap in taps if start < tap < stop}
+        self._stack.run(
+            cache,
+            span,
+            segments,
+            (entering, out.data_ptr()),
+            (cosine, sine, tables.shape[1]),
+            [(tap, buffer.data_ptr()) for tap, buffer in inner.items()],
+        )
+        if start in taps:
+            inner[start] = hidden
+        if stop in taps:
+            inner[stop] = out
+        return out, inner
+
+
+class Head:
+    """A packed head: norm, product, soft cap and argmax in one call."""
+
+    def __init__(self, weight: Weight, *, norm_eps: float, softcap: float | None) -> None:
+        self.weight = weight
+        self._norm_eps, self._softcap = norm_eps, softcap or 0.0
+
+    def logits(self, hidden: Tensor, norm: Tensor | None) -> Tensor:
+        """Logits [R, V] of states [R, D] under a norm [D], None where they are normed already."""
+        out = torch.empty(len(hidden), self.weight.num_rows)
+        self._run(hidden, norm, out=(out.data_ptr(), 0, 0))
+        return out
+
+    def argmax(self, hidden: Tensor, norm: Tensor | None) -> Tensor:
+        """The largest logit's id [R] int64, the lowest where several are equal."""
+        out = torch.empty(len(hidden), dtype=torch.int64)
+        self._run(hidden, norm, out=(0, out.data_ptr(), 0))
+        return out
+
+    def guess(self, hidden: Tensor, norm: Tensor | None) -> tuple[Tensor, Tensor]:
+        """The largest logit's id [R] int64 and its softmax probability [R] float32."""
+        ids, confidence = torch.empty(len(hidden), dtype=torch.int64), torch.empty(len(hidden))
+        self._run(hidden, norm, out=(0, ids.data_ptr(), confidence.data_ptr()))
+        return ids, confidence
+
+    def _run(self, hidden: Tensor, norm: Tensor | None, *, out: tuple[int, int, int]) -> None:
+        num_rows, size = len(hidden), self.weight.num_inputs
+        weights = 0 if norm is None else _address(norm, (size,))
+        states = _address(hidden, (num_rows, size))
+        _native.run_head(self.weight, (states, num_rows), (weights, self._norm_eps), self._softcap, out)
+
+
+def _address(tensor: Tensor, shape: tuple[int, ...]) -> int:
+    """Where a tensor's numbers lie; raises ValueError unless it is float32, contiguous, of this shape, on the CPU."""
+    if tensor.dtype is not torch.float32 or tensor.shape != shape or not tensor.is_contiguous() or not tensor.is_cpu:
+        raise ValueError(f"a native kernel takes contiguous float32 {list(shape)} on the CPU, got "
+                         f"{tensor.dtype} {list(tensor.shape)} on {tensor.device}")  # fmt: skip
+    return tensor.data_ptr()

@@ -1,0 +1,135 @@
+#include "pool.h"
+
+#include <unistd.h>
+
+#include <chrono>
+
+namespace kangaroo {
+
+namespace {
+
+// How long a thread spins before it lets others run: a barrier's partner is nearly always about to arrive, and the
+// next call nearly always follows soon after the last.
+constexpr int kSpinsPerBarrier = 20000;
+constexpr std::chrono::microseconds kSpinBetweenCalls(50);
+
+inline void pause() {
+#if defined(__x86_64__)
+  __builtin_ia32_pause();
+#elif defined(__aarch64__)
+  asm volatile("yield");
+#endif
+}
+
+}  // namespace
+
+void Team::meet() {
+  if (num_threads == 1) return;
+  const size_t phase = phase_.load(std::memory_order_relaxed);
+  if (arrived_.fetch_add(1, std::memory_order_acq_rel) + 1 == num_threads) {
+    arrived_.store(0, std::memory_order_relaxed);
+    phase_.store(phase + 1, std::memory_order_release);
+    return;
+  }
+  for (int spins = 0; phase_.load(std::memory_order_acquire) == phase; ++spins) {
+    if (spins < kSpinsPerBarrier) {
+      pause();
+    } else {
+      std::this_thread::yield();
+    }
+  }
+}
+
+// Threads of one size of the team. They hold it alive themselves, so that a forked child, which has none of them,
+// can simply leave it behind.
+struct Pool::Crew : std::enable_shared_from_this<Pool::Crew> {
+  explicit Crew(size_t num_threads) : num_threads(num_threads), process(getpid()) {}
+
+  const size_t num_threads;
+  const pid_t process;
+  std::vector<std::thread> threads;
+  std::atomic<size_t> arrived{0}, phase{0}, call{0};
+  std::mutex mutex;
+  std::condition_variable called;
+  const std::function<void(Team&)>* work = nullptr;
+  bool closing = false;
+
+  void start() {
+    for (size_t thread = 1; thread < num_threads; ++thread) {
+      threads.emplace_back([self = shared_from_this(), thread] { self->serve(thread); });
+    }
+  }
+
+  void serve(size_t thread) {
+    Team team(thread, num_threads, arrived, phase);
+    for (size_t seen = 0;;) {
+      wait_for_call(seen);
+      seen = call.load(std::memory_order_acquire);
+      if (closing) return;
+      (*work)(team);
+      team.meet();
+    }
+  }
+
+  void wait_for_call(size_t seen) {
+    const auto until = std::chrono::steady_clock::now() + kSpinBetweenCalls;
+    while (std::chrono::steady_clock::now() < until) {
+      for (int spins = 0; spins < 64; ++spins) {
+        if (call.load(std::memory_order_acquire) != seen) return;
+        pause();
+      }
+    }
+    std::unique_lock<std::mutex> lock(mutex);
+    called.wait(lock, [&] { return call.load(std::memory_order_acquire) != seen; });
+  }
+
+  void announce() {
+    {
+      std::lock_guard<std::mutex> lock(mutex);
+      call.fetch_add(1, std::memory_order_acq_rel);
+    }
+    called.notify_all();
+  }
+
+  void close() {
+    closing = true;
+    announce();
+    for (auto& thread : threads) thread.join();
+  }
+};
+
+Pool& Pool::instance() {
+  // Never destroyed: its threads may outlive the interpreter's last call.
+  static Pool* pool = new Pool;
+  return *pool;
+}
+
+void Pool::resize(size_t num_threads) {
+  std::lock_guard<std::mutex> lock(mutex_);
+  if (crew_ && crew_->process == getpid()) {
+    crew_->close();
+  } else if (crew_) {
+    new std::shared_ptr<Crew>(crew_);  // a parent's crew: its threads do not exist here and cannot be joined
+  }
+  crew_ = nullptr;
+  num_threads_ = num_threads;
+}
+
+void Pool::run(const std::function<void(Team&)>& work) {
+  std::lock_guard<std::mutex> lock(mutex_);
+  if (crew_ && crew_->process != getpid()) {
+    new std::shared_ptr<Crew>(crew_);
+    crew_ = nullptr;
+  }
+  if (!crew_) {
+    crew_ = std::make_shared<Crew>(num_threads_);
+    crew_->start();
+  }
+  Team team(0, crew_->num_threads, crew_->arrived, crew_->phase);
+  crew_->work = &work;
+  if (crew_->num_threads > 1) crew_->announce();
+  work(team);
+  team.meet();
+}
+
+}  // namespace kangaroo

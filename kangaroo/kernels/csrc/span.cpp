@@ -1,0 +1,314 @@
+// The forward of a span of layers and of the head, compiled once for every instruction set.
+//
+// Every thread runs the whole of it: a phase is divided by outputs, rows or heads, and the threads meet before the
+// next phase reads what they wrote. How work is divided never changes a value.
+#include "attention.h"
+#include "functions.h"
+#include "plan.h"
+#include "tile.h"
+
+namespace kangaroo {
+namespace KANGAROO_ISA {
+namespace {
+
+struct Strides {
+  size_t hidden, normed, qkv, attended, gated;
+
+  explicit Strides(const Pass& pass)
+      : hidden(pass.shape->hidden_size), normed(round_up(hidden)),
+        qkv(round_up((pass.shape->num_heads + 2 * pass.shape->num_kv_heads) * pass.shape->head_dim)),
+        attended(round_up(pass.shape->num_heads * pass.shape->head_dim)), gated(0) {
+    const Weight* down = (*pass.layers)[pass.start].down.get();
+    if (down) gated = round_up(down->num_inputs);
+  }
+};
+
+// Every thread norms all rows for itself: cheaper than meeting for them.
+const float* norm_rows(const Pass& pass, const Team& team, const float* hidden, const std::vector<float>& weight) {
+  const Strides strides(pass);
+  float* normed = pass.scratch.normed[team.thread];
+  for (size_t row = 0; row < pass.num_rows; ++row) {
+    rms_norm(hidden + row * strides.hidden, weight.data(), pass.shape->norm_eps, strides.hidden,
+             normed + row * strides.normed);
+  }
+  return normed;
+}
+
+// out [rows, num_outputs] = x times weight, each thread its share of the panels.
+void project(const Weight& weight, const float* x, size_t num_rows, size_t row_stride, float* out, size_t out_stride,
+             const Team& team) {
+  multiply_weight(weight, team.share(weight.num_panels()), x, num_rows, row_stride,
+                  [&](size_t row, size_t panel, size_t taken, const float* values) {
+                    for (size_t p = 0; p < taken; ++p) {
+                      const size_t column = (panel + p) * 16;
+                      store_first(out + row * out_stride + column, finished(weight, panel + p, values + p * 16),
+                                  weight.num_outputs - column);
+                    }
+                  });
+}
+
+void project_and_gate(const Pass& pass, const Weight& weight, const float* x, const Strides& strides,
+                      const Team& team) {
+  auto [first, last] = team.share(weight.num_panels() / 2);
+  const bool is_silu = pass.shape->activation == Activation::silu;
+  multiply_weight(weight, {2 * first, 2 * last}, x, pass.num_rows, strides.normed,
+                  [&](size_t row, size_t panel, size_t taken, const float* values) {
+                    for (size_t p = 0; p < taken; p += 2) {
+                      const Lanes gate = finished(weight, panel + p, values + p * 16);
+                      const Lanes up = finished(weight, panel + p + 1, values + p * 16 + 16);
+                      const Lanes gated = (is_silu ? silu(gate) : gelu_tanh(gate)) * up;
+                      store(pass.scratch.gated + row * strides.gated + (panel + p) / 2 * 16, gated);
+                    }
+                  });
+}
+
+// out = hidden + x times weight, normed first where the layer has a norm there (Gemma 2).
+void project_and_add(const Pass& pass, const Weight& weight, const float* x, size_t row_stride, const float* hidden,
+                     const std::vector<float>& post_norm, Team& team) {
+  const Strides strides(pass);
+  if (!post_norm.empty()) {
+    project(weight, x, pass.num_rows, row_stride, pass.scratch.update, strides.normed, team);
+    team.meet();
+    const auto [first, last] = team.share(pass.num_rows);
+    for (size_t row = first; row < last; ++row) {
+      float* update = pass.scratch.update + row * strides.normed;
+      rms_norm(update, post_norm.data(), pass.shape->norm_eps, strides.hidden, update);
+      for (size_t i = 0; i < strides.hidden; ++i) {
+        pass.out[row * strides.hidden + i] = hidden[row * strides.hidden + i] + update[i];
+      }
+    }
+    return team.meet();
+  }
+  multiply_weight(weight, team.share(weight.num_panels()), x, pass.num_rows, row_stride,
+                  [&](size_t row, size_t panel, size_t taken, const float* values) {
+                    for (size_t p = 0; p < taken; ++p) {
+                      const size_t column = (panel + p) * 16, at = row * strides.hidden + column;
+                      const size_t count = strides.hidden - column;
+                      store_first(pass.out + at,
+                                  load_first(hidden + at, count) + finished(weight, panel + p, values + p * 16), count);
+                    }
+                  });
+  team.meet();
+}
+
+// x * cosine + roll(x, E / 2) * sine, in place.
+void rotate(float* head, const float* cosine, const float* sine, size_t dim) {
+  const size_t half = dim / 2;
+  for (size_t i = 0; i < half; i += 16) {
+    const size_t count = half - i;
+    const Lanes low = load_first(head + i, count), high = load_first(head + half + i, count);
+    const Lanes low_out = multiply_add(high, load_first(sine + i, count), low * load_first(cosine + i, count));
+    const Lanes high_out =
+        multiply_add(low, load_first(sine + half + i, count), high * load_first(cosine + half + i, count));
+    store_first(head + i, low_out, count);
+    store_first(head + half + i, high_out, count);
+  }
+}
+
+// Norm and rotate the queries and keys of every row, and write keys and values into the cache.
+void place_heads(const Pass& pass, size_t layer_id, const Strides& strides, const Team& team) {
+  const Shape& shape = *pass.shape;
+  const Layer& layer = (*pass.layers)[layer_id];
+  const size_t dim = shape.head_dim, heads = shape.num_heads, kv_heads = shape.num_kv_heads, padded = round_up(dim);
+  const auto [first, last] = team.share(pass.num_rows * (heads + 2 * kv_heads));
+  for (size_t item = first; item < last; ++item) {
+    const size_t row_id = item / (heads + 2 * kv_heads), head = item % (heads + 2 * kv_heads);
+    const Row& row = pass.rows[row_id];
+    const size_t sequence = pass.segment_of(row).sequence;
+    float* own = pass.scratch.qkv + row_id * strides.qkv + head * dim;
+    if (head >= heads + kv_heads) {
+      float* value = pass.cache->values_of(layer_id, sequence, head - heads - kv_heads) + row.slot * padded;
+      std::memcpy(value, own, dim * sizeof(float));
+      continue;
+    }
+    const std::vector<float>& norm = head < heads ? layer.query_norm : layer.key_norm;
+    if (!norm.empty()) rms_norm(own, norm.data(), shape.norm_eps, dim, own);
+    rotate(own, pass.cosine + row.position * dim, pass.sine + row.position * dim, dim);
+    if (head >= heads) {
+      float* panel = pass.cache->keys_of(layer_id, sequence, head - heads) + row.slot / 16 * dim * 16 + row.slot % 16;
+      for (size_t i = 0; i < dim; ++i) panel[i * 16] = own[i];
+    }
+  }
+}
+
+void attend_all(const Pass& pass, size_t layer_id, const Strides& strides, const Team& team) {
+  // Tasks are blocks of a segment's rows under one head; each thread takes its share of them.
+  size_t num_tasks = 0;
+  for (const Segment& segment : pass.segments) {
+    num_tasks += (segment.num_rows + kScoreRows - 1) / kScoreRows * pass.shape->num_heads;
+  }
+  // Interleaved, so that the long rows at the end of a prompt are spread out.
+  size_t task_id = 0;
+  for (const Segment& segment : pass.segments) {
+    for (size_t first = 0; first < segment.num_rows; first += kScoreRows) {
+      const size_t left = segment.num_rows - first, count = left < kScoreRows ? left : kScoreRows;
+      for (size_t head = 0; head < pass.shape->num_heads; ++head, ++task_id) {
+        if (task_id % team.num_threads != team.thread) continue;
+        attend(pass, layer_id, {head, segment.first_row + first, count}, strides.qkv, strides.attended,
+               pass.scratch.scores[team.thread]);
+      }
+    }
+  }
+}
+
+void run_layer(const Pass& pass, size_t layer_id, const float* hidden, Team& team) {
+  const Layer& layer = (*pass.layers)[layer_id];
+  const Strides strides(pass);
+  const float* normed = norm_rows(pass, team, hidden, layer.input_norm);
+  project(*layer.qkv, normed, pass.num_rows, strides.normed, pass.scratch.qkv, strides.qkv, team);
+  team.meet();
+  place_heads(pass, layer_id, strides, team);
+  team.meet();
+  attend_all(pass, layer_id, strides, team);
+  team.meet();
+  project_and_add(pass, *layer.output, pass.scratch.attended, strides.attended, hidden, layer.post_attention_norm,
+                  team);
+  if (!layer.gate_up) return;
+  normed = norm_rows(pass, team, pass.out, layer.mlp_norm);
+  project_and_gate(pass, *layer.gate_up, normed, strides, team);
+  team.meet();
+  project_and_add(pass, *layer.down, pass.scratch.gated, strides.gated, pass.out, layer.post_mlp_norm, team);
+}
+
+void run_span(const Pass& pass, Team& team) {
+  const float* hidden = pass.hidden;
+  for (size_t layer_id = pass.start; layer_id < pass.stop; ++layer_id) {
+    run_layer(pass, layer_id, hidden, team);
+    hidden = pass.out;
+    for (const auto& [tap, buffer] : pass.taps) {
+      if (tap != layer_id + 1) continue;
+      const auto [first, last] = team.share(pass.num_rows * pass.shape->hidden_size);
+      std::memcpy(buffer + first, hidden + first, (last - first) * sizeof(float));
+      team.meet();
+    }
+  }
+}
+
+// Keep the largest logit of every lane and where it was; the earlier one wins a tie.
+void keep_best(const Lanes& logits, size_t panel, size_t num_outputs, float* values, int32_t* ids) {
+  IntLanes best_ids;
+  std::memcpy(&best_ids, ids, sizeof(best_ids));
+  const Lanes best = load(values);
+  const size_t count = num_outputs - panel * 16;
+  const Lanes real = count >= 16 ? logits
+                                 : select(lanes_between(0, static_cast<int32_t>(count)), logits, broadcast(-INFINITY));
+  const IntLanes better = real > best;
+  const IntLanes here = lane_ids() + broadcast_int(static_cast<int32_t>(panel * 16));
+  store(values, select(better, real, best));
+  best_ids = select(better, here, best_ids);
+  std::memcpy(ids, &best_ids, sizeof(best_ids));
+}
+
+void pick(const HeadPass& pass, size_t row, size_t num_threads) {
+  float best = -INFINITY;
+  int32_t id = INT32_MAX;
+  for (size_t thread = 0; thread < num_threads; ++thread) {
+    for (int lane = 0; lane < 16; ++lane) {
+      const float value = pass.best_values[thread][row * 16 + lane];
+      const int32_t found = pass.best_ids[thread][row * 16 + lane];
+      if (value > best || (value == best && found < id)) {
+        best = value;
+        id = found;
+      }
+    }
+  }
+  // No logit above minus infinity, or none a number: the lowest id, as a tie.
+  if (id == INT32_MAX) id = 0;
+  if (pass.argmax) pass.argmax[row] = id;
+  if (!pass.confidence) return;
+  const size_t num_outputs = pass.head->num_outputs;
+  const float* scores = pass.scores + row * round_up(num_outputs);
+  Lanes total = broadcast(0.0f);
+  for (size_t i = 0; i < num_outputs; i += 16) {
+    const size_t count = num_outputs - i < 16 ? num_outputs - i : 16;
+    const Lanes weight = exponential(load(scores + i) - broadcast(best));
+    total = total + select(lanes_between(0, static_cast<int32_t>(count)), weight, broadcast(0.0f));
+  }
+  pass.confidence[row] = 1.0f / sum(total);
+}
+
+void run_head(const HeadPass& pass, Team& team) {
+  const Weight& head = *pass.head;
+  const size_t size = head.num_inputs, padded = round_up(size);
+  const float* states = pass.hidden;
+  size_t stride = size;
+  if (pass.norm) {
+    float* normed = pass.normed[team.thread];
+    for (size_t row = 0; row < pass.num_rows; ++row) {
+      rms_norm(states + row * size, pass.norm, pass.norm_eps, size, normed + row * padded);
+    }
+    states = normed;
+    stride = padded;
+  }
+  float* values = pass.best_values[team.thread];
+  int32_t* ids = pass.best_ids[team.thread];
+  for (size_t i = 0; i < pass.num_rows * 16; ++i) {
+    values[i] = -INFINITY;
+    ids[i] = INT32_MAX;
+  }
+  multiply_weight(head, team.share(head.num_panels()), states, pass.num_rows, stride,
+                  [&](size_t row, size_t panel, size_t taken, const float* products) {
+                    for (size_t p = 0; p < taken; ++p) {
+                      Lanes logits = finished(head, panel + p, products + p * 16);
+                      if (pass.softcap != 0) logits = soft_cap(logits, pass.softcap);
+                      const size_t column = (panel + p) * 16;
+                      if (pass.logits) {
+                        store_first(pass.logits + row * head.num_outputs + column, logits, head.num_outputs - column);
+                      }
+                      if (pass.confidence) store(pass.scores + row * round_up(head.num_outputs) + column, logits);
+                      keep_best(logits, panel + p, head.num_outputs, values + row * 16, ids + row * 16);
+                    }
+                  });
+  team.meet();
+  if (!pass.argmax && !pass.confidence) return;
+  for (size_t row = team.thread; row < pass.num_rows; row += team.num_threads) pick(pass, row, team.num_threads);
+}
+
+void run_linear(const Weight& weight, const float* hidden, size_t num_rows, float* out, Team& team) {
+  project(weight, hidden, num_rows, weight.num_inputs, out, weight.num_outputs, team);
+}
+
+float sum_values(const float* values, size_t count) {
+  Lanes totals[8];
+  for (Lanes& total : totals) total = broadcast(0.0f);
+  for (size_t i = 0; i + 128 <= count; i += 128) {
+#pragma GCC unroll 8
+    for (int j = 0; j < 8; ++j) totals[j] = totals[j] + load(values + i + j * 16);
+  }
+  for (int j = 1; j < 8; ++j) totals[0] = totals[0] + totals[j];
+  return sum(totals[0]);
+}
+
+// 12 independent chains of multiply-adds on full vectors: what the machine can do at best. 2 * 12 * kWidth operations
+// a step and part.
+float multiply_registers(size_t num_steps) {
+  Part totals[12];
+#pragma GCC unroll 12
+  for (int j = 0; j < 12; ++j) totals[j] = Part{} + static_cast<float>(j);
+  Part factor = Part{} + 0.999f;
+  asm volatile("" : "+m"(factor));
+  for (size_t step = 0; step < num_steps; ++step) {
+#pragma GCC unroll 12
+    for (int j = 0; j < 12; ++j) totals[j] = multiply_add(totals[j], factor, factor);
+  }
+  Part all = totals[0];
+  for (int j = 1; j < 12; ++j) all = all + totals[j];
+  return all[0];
+}
+
+}  // namespace
+}  // namespace KANGAROO_ISA
+
+#define KANGAROO_JOIN(a, b) a##b
+#define KANGAROO_NAME(isa) KANGAROO_JOIN(isa, _kernels)
+#define KANGAROO_TEXT(isa) #isa
+#define KANGAROO_STRING(isa) KANGAROO_TEXT(isa)
+
+const Kernels& KANGAROO_NAME(KANGAROO_ISA)() {
+  using namespace KANGAROO_ISA;
+  static const Kernels kernels{KANGAROO_STRING(KANGAROO_ISA), run_span, run_head, run_linear, sum_values,
+                               multiply_registers};
+  return kernels;
+}
+
+}  // namespace kangaroo

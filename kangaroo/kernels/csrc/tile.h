@@ -1,0 +1,157 @@
+// The one inner loop: a tile of rows times panels of 16 columns, every output accumulated strictly in the order of k.
+#pragma once
+
+#include "plan.h"
+#include "simd.h"
+
+namespace kangaroo {
+namespace KANGAROO_ISA {
+
+// Rows a tile may have: what keeps rows x panels accumulators, the weights and a broadcast in registers.
+#if defined(__AVX512F__)
+constexpr size_t kMaxRows = 8;
+constexpr size_t panels_for(size_t rows) { return rows <= 4 ? 4 : 2; }
+#elif defined(__AVX2__)
+constexpr size_t kMaxRows = 6;
+constexpr size_t panels_for(size_t rows) { return rows == 1 ? 4 : rows <= 3 ? 2 : 1; }
+#elif defined(__aarch64__)
+constexpr size_t kMaxRows = 6;
+constexpr size_t panels_for(size_t rows) { return rows == 1 ? 4 : rows <= 3 ? 2 : 1; }
+#else
+constexpr size_t kMaxRows = 2;
+constexpr size_t panels_for(size_t) { return 1; }
+#endif
+
+// Where a tile's operands lie: input k of row m at x[m * row_stride + k], the weights of input k and panel p at
+// w[p * panel_stride + k * step], output column 16 p + j of row m at out[m * out_stride + 16 p + j].
+struct TileStrides {
+  size_t row, panel, step, out;
+};
+
+template <int M, int P, class W>
+void multiply_tile(const float* x, const W* w, size_t count, const TileStrides& strides, float* out) {
+  Lanes total[M][P];
+#pragma GCC unroll 8
+  for (int m = 0; m < M; ++m) {
+#pragma GCC unroll 4
+    for (int p = 0; p < P; ++p) total[m][p] = broadcast(0.0f);
+  }
+  const size_t row = strides.row, panel = strides.panel, step = strides.step;
+#pragma GCC unroll 2
+  for (size_t k = 0; k < count; ++k) {
+    Lanes weights[P];
+#pragma GCC unroll 4
+    for (int p = 0; p < P; ++p) weights[p] = load(w + p * panel + k * step);
+#pragma GCC unroll 8
+    for (int m = 0; m < M; ++m) {
+      const Lanes input = broadcast(x[m * row + k]);
+#pragma GCC unroll 4
+      for (int p = 0; p < P; ++p) total[m][p] = multiply_add(weights[p], input, total[m][p]);
+    }
+  }
+#pragma GCC unroll 8
+  for (int m = 0; m < M; ++m) {
+#pragma GCC unroll 4
+    for (int p = 0; p < P; ++p) store(out + m * strides.out + p * 16, total[m][p]);
+  }
+}
+
+template <int M, class W>
+void multiply_panels(size_t panels, const float* x, const W* w, size_t count, const TileStrides& strides, float* out) {
+  constexpr size_t kMost = panels_for(M);
+  if constexpr (kMost >= 4) {
+    if (panels >= 4) return multiply_tile<M, 4, W>(x, w, count, strides, out);
+  }
+  if constexpr (kMost >= 2) {
+    if (panels >= 2) return multiply_tile<M, 2, W>(x, w, count, strides, out);
+  }
+  return multiply_tile<M, 1, W>(x, w, count, strides, out);
+}
+
+// How many of the panels left a tile of these rows takes.
+inline size_t take_panels(size_t rows, size_t left) {
+  const size_t most = panels_for(rows);
+  return most >= 4 && left >= 4 ? 4 : most >= 2 && left >= 2 ? 2 : 1;
+}
+
+// One tile of rows (1..kMaxRows) and take_panels(rows, panels) panels.
+template <class W>
+void multiply(size_t rows, size_t panels, const float* x, const W* w, size_t count, const TileStrides& strides,
+              float* out) {
+  switch (rows) {
+    case 1: return multiply_panels<1, W>(panels, x, w, count, strides, out);
+    case 2: return multiply_panels<2, W>(panels, x, w, count, strides, out);
+#if defined(__AVX2__) || defined(__aarch64__)
+    case 3: return multiply_panels<3, W>(panels, x, w, count, strides, out);
+    case 4: return multiply_panels<4, W>(panels, x, w, count, strides, out);
+    case 5: return multiply_panels<5, W>(panels, x, w, count, strides, out);
+    case 6: return multiply_panels<6, W>(panels, x, w, count, strides, out);
+#endif
+#if defined(__AVX512F__)
+    case 7: return multiply_panels<7, W>(panels, x, w, count, strides, out);
+    case 8: return multiply_panels<8, W>(panels, x, w, count, strides, out);
+#endif
+  }
+}
+
+// Rows of the next tile when this many are left: as even as the most that fit allow.
+inline size_t take_rows(size_t left) {
+  const size_t tiles = (left + kMaxRows - 1) / kMaxRows;
+  return (left + tiles - 1) / tiles;
+}
+
+// Multiply rows x [num_rows, num_inputs] by panels first..last-1 of a weight. finish(row, panel, values) receives
+// 16 scaled and biased outputs at a time; for a paired weight only whole pairs may be asked for, and
+// finish(row, panel, gate, up) receives both.
+template <class W, class Finish>
+void multiply_weight_as(const Weight& weight, std::pair<size_t, size_t> panels, const float* x, size_t num_rows,
+                        size_t row_stride, const Finish& finish) {
+  const size_t count = weight.num_inputs, per_panel = count * 16;
+  const W* data = weight.panels->as<W>();
+  alignas(64) float out[kMaxRows][64];
+  const TileStrides strides{row_stride, per_panel, 16, 64};
+  // Scores of many rows are best served panel by panel, which stay in the cache while the rows pass by.
+  const size_t largest_tile = num_rows < kMaxRows ? num_rows : take_rows(num_rows);
+  for (size_t panel = panels.first; panel < panels.second;) {
+    size_t taken = take_panels(largest_tile, panels.second - panel);
+    if (weight.paired && taken == 1) taken = 2;
+    for (size_t row = 0; row < num_rows;) {
+      const size_t rows = take_rows(num_rows - row);
+      for (size_t done = 0; done < taken;) {
+        const size_t now = take_panels(rows, taken - done);
+        multiply<W>(rows, now, x + row * row_stride, data + (panel + done) * per_panel, count, strides,
+                    &out[0][done * 16]);
+        done += now;
+      }
+      for (size_t m = 0; m < rows; ++m) finish(row + m, panel, taken, &out[m][0]);
+      row += rows;
+    }
+    panel += taken;
+  }
+}
+
+template <class Finish>
+void multiply_weight(const Weight& weight, std::pair<size_t, size_t> panels, const float* x, size_t num_rows,
+                     size_t row_stride, const Finish& finish) {
+  switch (weight.storage) {
+    case Storage::float32:
+      return multiply_weight_as<float>(weight, panels, x, num_rows, row_stride, finish);
+    case Storage::bfloat16:
+      return multiply_weight_as<BFloat16>(weight, panels, x, num_rows, row_stride, finish);
+    case Storage::float16:
+      return multiply_weight_as<Float16>(weight, panels, x, num_rows, row_stride, finish);
+    case Storage::int8:
+      return multiply_weight_as<int8_t>(weight, panels, x, num_rows, row_stride, finish);
+  }
+}
+
+// The outputs of one panel as the weight's owner means them: scaled (int8) and with the bias added.
+inline Lanes finished(const Weight& weight, size_t panel, const float* values) {
+  Lanes out = load(values);
+  if (!weight.scales.empty()) out = out * load(weight.scales.data() + panel * 16);
+  if (!weight.bias.empty()) out = out + load(weight.bias.data() + panel * 16);
+  return out;
+}
+
+}  // namespace KANGAROO_ISA
+}  // namespace kangaroo
