@@ -163,9 +163,11 @@ struct Stack {
 
 void add_rows(Pass& pass, const SegmentArgument& argument, size_t num_positions) {
   const auto& [sequence, base, first_node, num_rows, parents] = argument;
-  const size_t last = first_node + num_rows;
+  const size_t slots = pass.cache->num_slots, last = first_node + num_rows;
   require(sequence < pass.cache->num_sequences, "the cache has no such sequence");
-  require(num_rows > 0 && base + last <= pass.cache->num_slots, "the rows must fit the cache");
+  // No sum that could overflow.
+  require(num_rows > 0 && base <= slots && first_node <= slots - base && num_rows <= slots - base - first_node,
+          "the rows must fit the cache");
   require(!parents || parents->size() == last, "there must be one parent a node");
   Segment segment{sequence, base, first_node, num_rows, pass.rows.size(), {}};
   if (parents) segment.parents = *parents;
@@ -248,7 +250,8 @@ void run_linear(const Weight& weight, uintptr_t hidden, size_t num_rows, uintptr
 void keep(const Cache& cache, size_t sequence, size_t start, const std::vector<size_t>& path) {
   require(sequence < cache.num_sequences, "the cache has no such sequence");
   for (size_t depth = 0; depth < path.size(); ++depth) {
-    require(path[depth] >= depth && start + path[depth] < cache.num_slots, "the path must lie in the cache");
+    require(path[depth] >= depth && start < cache.num_slots && path[depth] < cache.num_slots - start,
+            "the path must lie in the cache");
     require(depth == 0 || path[depth] > path[depth - 1], "the path must go forward");
   }
   const size_t dim = cache.head_dim, padded = round_up(dim);

@@ -22,13 +22,15 @@ void pack_rows(Weight& weight, const T* rows) {
   T* panels = weight.panels->as<T>();
   for (size_t row = 0; row < num_rows_of(weight); ++row) {
     const auto [panel, lane] = place_of(weight, row);
-    T* to = panels + panel * weight.num_inputs * kLanes + lane;
-    for (size_t k = 0; k < weight.num_inputs; ++k) to[k * kLanes] = rows[row * weight.num_inputs + k];
+    T* to = panels + panel * weight.panel_size();
+    for (size_t k = 0; k < weight.num_inputs; ++k) {
+      to[weight.place_in_panel(k, lane)] = rows[row * weight.num_inputs + k];
+    }
   }
 }
 
 inline void pack(Weight& weight, const void* rows) {
-  weight.panels = std::make_shared<Block>(weight.num_panels() * weight.panel_bytes());
+  weight.panels = std::make_shared<Block>(weight.num_panels() * weight.panel_size() * bytes_of(weight.storage));
   switch (bytes_of(weight.storage)) {
     case 4: return pack_rows(weight, static_cast<const uint32_t*>(rows));
     case 2: return pack_rows(weight, static_cast<const uint16_t*>(rows));
@@ -64,10 +66,10 @@ inline float widen(uint16_t bits, Storage storage) {
 // One row [num_inputs] of the matrix in float32.
 inline void unpack_row(const Weight& weight, size_t row, float* out) {
   const auto [panel, lane] = place_of(weight, row);
-  const size_t start = panel * weight.num_inputs * kLanes + lane;
+  const size_t start = panel * weight.panel_size();
   const Block& panels = *weight.panels;
   for (size_t k = 0; k < weight.num_inputs; ++k) {
-    const size_t at = start + k * kLanes;
+    const size_t at = start + weight.place_in_panel(k, lane);
     switch (weight.storage) {
       case Storage::float32: out[k] = panels.as<float>()[at]; break;
       case Storage::int8: out[k] = panels.as<int8_t>()[at] * weight.scales[panel * kLanes + lane]; break;

@@ -25,6 +25,7 @@ inline size_t bytes_of(Storage storage) {
 }
 
 // A matrix [num_outputs, num_inputs] in panels of 16 outputs, each panel input-major: [panels, num_inputs, 16].
+// bfloat16 panels hold two inputs side by side, [panels, num_inputs / 2, 16, 2], so that one load serves both.
 // A paired weight holds two matrices of num_outputs rows each, panel by panel in turn (gate, up, gate, up, ...).
 // Scales (int8) and biases stand in panel order too; absent ones are empty.
 struct Weight {
@@ -35,7 +36,12 @@ struct Weight {
   std::vector<float> scales, bias;
 
   size_t num_panels() const { return round_up(num_outputs) / kLanes * (paired ? 2 : 1); }
-  size_t panel_bytes() const { return num_inputs * kLanes * bytes_of(storage); }
+  bool in_pairs() const { return storage == Storage::bfloat16; }
+  size_t panel_size() const { return (in_pairs() ? (num_inputs + 1) / 2 * 2 : num_inputs) * kLanes; }
+  // Where input k of a lane stands in its panel.
+  size_t place_in_panel(size_t k, size_t lane) const {
+    return in_pairs() ? (k / 2 * kLanes + lane) * 2 + k % 2 : k * kLanes + lane;
+  }
 };
 
 enum class Activation { silu, gelu_tanh };

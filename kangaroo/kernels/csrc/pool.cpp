@@ -8,9 +8,9 @@ namespace kangaroo {
 
 namespace {
 
-// How long a thread spins before it lets others run: a barrier's partner is nearly always about to arrive, and the
-// next call nearly always follows soon after the last.
-constexpr int kSpinsPerBarrier = 20000;
+// How long a thread spins before it sleeps: a barrier's partner is nearly always about to arrive, and the next call
+// nearly always follows soon after the last. Spinning longer would take the core from a partner that waits for it.
+constexpr int kSpinsPerBarrier = 4000;
 constexpr std::chrono::microseconds kSpinBetweenCalls(50);
 
 inline void pause() {
@@ -23,21 +23,23 @@ inline void pause() {
 
 }  // namespace
 
-void Team::meet() {
+void Barrier::wait(size_t num_threads) {
   if (num_threads == 1) return;
   const size_t phase = phase_.load(std::memory_order_relaxed);
   if (arrived_.fetch_add(1, std::memory_order_acq_rel) + 1 == num_threads) {
     arrived_.store(0, std::memory_order_relaxed);
-    phase_.store(phase + 1, std::memory_order_release);
-    return;
-  }
-  for (int spins = 0; phase_.load(std::memory_order_acquire) == phase; ++spins) {
-    if (spins < kSpinsPerBarrier) {
-      pause();
-    } else {
-      std::this_thread::yield();
+    {
+      std::lock_guard<std::mutex> lock(mutex_);
+      phase_.store(phase + 1, std::memory_order_release);
     }
+    return passed_.notify_all();
   }
+  for (int spins = 0; spins < kSpinsPerBarrier; ++spins) {
+    if (phase_.load(std::memory_order_acquire) != phase) return;
+    pause();
+  }
+  std::unique_lock<std::mutex> lock(mutex_);
+  passed_.wait(lock, [&] { return phase_.load(std::memory_order_acquire) != phase; });
 }
 
 // Threads of one size of the team. They hold it alive themselves, so that a forked child, which has none of them,
@@ -48,7 +50,8 @@ struct Pool::Crew : std::enable_shared_from_this<Pool::Crew> {
   const size_t num_threads;
   const pid_t process;
   std::vector<std::thread> threads;
-  std::atomic<size_t> arrived{0}, phase{0}, call{0};
+  std::atomic<size_t> call{0};
+  Barrier barrier;
   std::mutex mutex;
   std::condition_variable called;
   const std::function<void(Team&)>* work = nullptr;
@@ -61,7 +64,7 @@ struct Pool::Crew : std::enable_shared_from_this<Pool::Crew> {
   }
 
   void serve(size_t thread) {
-    Team team(thread, num_threads, arrived, phase);
+    Team team(thread, num_threads, barrier);
     for (size_t seen = 0;;) {
       wait_for_call(seen);
       seen = call.load(std::memory_order_acquire);
@@ -125,7 +128,7 @@ void Pool::run(const std::function<void(Team&)>& work) {
     crew_ = std::make_shared<Crew>(num_threads_);
     crew_->start();
   }
-  Team team(0, crew_->num_threads, crew_->arrived, crew_->phase);
+  Team team(0, crew_->num_threads, crew_->barrier);
   crew_->work = &work;
   if (crew_->num_threads > 1) crew_->announce();
   work(team);

@@ -12,16 +12,27 @@
 
 namespace kangaroo {
 
+class Barrier {
+ public:
+  // Return once num_threads threads have called; spins for a moment, then sleeps.
+  void wait(size_t num_threads);
+
+ private:
+  std::atomic<size_t> arrived_{0}, phase_{0};
+  std::mutex mutex_;
+  std::condition_variable passed_;
+};
+
 // What a phase knows of its place: which of how many threads it is, and the barrier between phases.
 class Team {
  public:
-  Team(size_t thread, size_t num_threads, std::atomic<size_t>& arrived, std::atomic<size_t>& phase)
-      : thread(thread), num_threads(num_threads), arrived_(arrived), phase_(phase) {}
+  Team(size_t thread, size_t num_threads, Barrier& barrier)
+      : thread(thread), num_threads(num_threads), barrier_(barrier) {}
 
   const size_t thread, num_threads;
 
   // Wait until every thread has arrived; what they wrote before is visible afterwards.
-  void meet();
+  void meet() { barrier_.wait(num_threads); }
 
   // The share of this thread in num_items items: [first, last).
   std::pair<size_t, size_t> share(size_t num_items) const {
@@ -29,7 +40,7 @@ class Team {
   }
 
  private:
-  std::atomic<size_t>&arrived_, &phase_;
+  Barrier& barrier_;
 };
 
 class Pool {

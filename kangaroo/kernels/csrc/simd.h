@@ -27,6 +27,7 @@ typedef float Part __attribute__((vector_size(4 * kWidth)));
 typedef int32_t IntPart __attribute__((vector_size(4 * kWidth)));
 typedef uint32_t BitPart __attribute__((vector_size(4 * kWidth)));
 typedef Part PartAnywhere __attribute__((aligned(4)));
+typedef BitPart BitPartAnywhere __attribute__((aligned(4)));
 typedef uint16_t HalfPart __attribute__((vector_size(2 * kWidth), aligned(2)));
 typedef int8_t BytePart __attribute__((vector_size(kWidth), aligned(1)));
 
@@ -44,9 +45,19 @@ struct Lanes {
 
 #define KANGAROO_EACH_PART _Pragma("GCC unroll 4") for (int i = 0; i < kParts; ++i)
 
+inline Part broadcast_part(float value) {
+#if defined(__AVX512F__)
+  return _mm512_set1_ps(value);
+#elif defined(__AVX2__)
+  return _mm256_set1_ps(value);
+#else
+  return Part{value, value, value, value};
+#endif
+}
+
 inline Lanes broadcast(float value) {
   Lanes out;
-  KANGAROO_EACH_PART out.part[i] = Part{} + value;
+  KANGAROO_EACH_PART out.part[i] = broadcast_part(value);
   return out;
 }
 
@@ -56,13 +67,13 @@ inline Lanes load(const float* from) {
   return out;
 }
 
-inline Lanes load(const BFloat16* from) {
-  Lanes out;
+// Two inputs' weights at once: each lane holds that of input k in its low half and of input k + 1 in its high half.
+inline void load_pair(const BFloat16* from, Lanes& first, Lanes& second) {
   KANGAROO_EACH_PART {
-    const HalfPart bits = *reinterpret_cast<const HalfPart*>(from + i * kWidth);
-    out.part[i] = (Part)(__builtin_convertvector(bits, BitPart) << 16);
+    const BitPart bits = *reinterpret_cast<const BitPartAnywhere*>(from + 2 * i * kWidth);
+    first.part[i] = (Part)(bits << 16);
+    second.part[i] = (Part)(bits & 0xffff0000u);
   }
-  return out;
 }
 
 inline Part widen_float16(const Float16* from) {

@@ -110,9 +110,10 @@ void place_heads(const Pass& pass, size_t layer_id, const Strides& strides, cons
   const Shape& shape = *pass.shape;
   const Layer& layer = (*pass.layers)[layer_id];
   const size_t dim = shape.head_dim, heads = shape.num_heads, kv_heads = shape.num_kv_heads, padded = round_up(dim);
+  // Head by head: keys of neighbouring rows share cache lines, which two threads must not fight for.
   const auto [first, last] = team.share(pass.num_rows * (heads + 2 * kv_heads));
   for (size_t item = first; item < last; ++item) {
-    const size_t row_id = item / (heads + 2 * kv_heads), head = item % (heads + 2 * kv_heads);
+    const size_t head = item / pass.num_rows, row_id = item % pass.num_rows;
     const Row& row = pass.rows[row_id];
     const size_t sequence = pass.segment_of(row).sequence;
     float* own = pass.scratch.qkv + row_id * strides.qkv + head * dim;

@@ -28,8 +28,24 @@ struct TileStrides {
   size_t row, panel, step, out;
 };
 
+// How many inputs' weights one load brings.
+template <class W>
+constexpr int kDepth = 1;
+template <>
+constexpr int kDepth<BFloat16> = 2;
+
+template <class W>
+inline void load_weights(const W* from, Lanes (&weights)[kDepth<W>]) {
+  if constexpr (kDepth<W> == 2) {
+    load_pair(from, weights[0], weights[1]);
+  } else {
+    weights[0] = load(from);
+  }
+}
+
 template <int M, int P, class W>
 void multiply_tile(const float* x, const W* w, size_t count, const TileStrides& strides, float* out) {
+  constexpr int kInputs = kDepth<W>;
   Lanes total[M][P];
 #pragma GCC unroll 8
   for (int m = 0; m < M; ++m) {
@@ -37,16 +53,33 @@ void multiply_tile(const float* x, const W* w, size_t count, const TileStrides& 
     for (int p = 0; p < P; ++p) total[m][p] = broadcast(0.0f);
   }
   const size_t row = strides.row, panel = strides.panel, step = strides.step;
+  size_t k = 0;
+  for (; k + kInputs <= count; k += kInputs) {
+    Lanes weights[P][kInputs];
+#pragma GCC unroll 4
+    for (int p = 0; p < P; ++p) {
+      load_weights(w + p * panel + k * step, weights[p]);
+      // The next group of panels comes from memory while this one is multiplied: the hardware looks ahead within a
+      // page only, and with several rows a page takes longer to multiply than to fetch.
+      __builtin_prefetch(w + (p + P) * panel + k * step, 0, 2);
+    }
 #pragma GCC unroll 2
-  for (size_t k = 0; k < count; ++k) {
-    Lanes weights[P];
-#pragma GCC unroll 4
-    for (int p = 0; p < P; ++p) weights[p] = load(w + p * panel + k * step);
+    for (int d = 0; d < kInputs; ++d) {
 #pragma GCC unroll 8
-    for (int m = 0; m < M; ++m) {
-      const Lanes input = broadcast(x[m * row + k]);
+      for (int m = 0; m < M; ++m) {
+        const Lanes input = broadcast(x[m * row + k + d]);
 #pragma GCC unroll 4
-      for (int p = 0; p < P; ++p) total[m][p] = multiply_add(weights[p], input, total[m][p]);
+        for (int p = 0; p < P; ++p) total[m][p] = multiply_add(weights[p][d], input, total[m][p]);
+      }
+    }
+  }
+  if constexpr (kInputs == 2) {
+    for (; k < count; ++k) {
+      for (int p = 0; p < P; ++p) {
+        Lanes weights[kInputs];
+        load_weights(w + p * panel + k * step, weights);
+        for (int m = 0; m < M; ++m) total[m][p] = multiply_add(weights[0], broadcast(x[m * row + k]), total[m][p]);
+      }
     }
   }
 #pragma GCC unroll 8
@@ -106,7 +139,7 @@ inline size_t take_rows(size_t left) {
 template <class W, class Finish>
 void multiply_weight_as(const Weight& weight, std::pair<size_t, size_t> panels, const float* x, size_t num_rows,
                         size_t row_stride, const Finish& finish) {
-  const size_t count = weight.num_inputs, per_panel = count * 16;
+  const size_t count = weight.num_inputs, per_panel = weight.panel_size();
   const W* data = weight.panels->as<W>();
   alignas(64) float out[kMaxRows][64];
   const TileStrides strides{row_stride, per_panel, 16, 64};

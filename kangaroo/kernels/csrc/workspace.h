@@ -40,10 +40,21 @@ class Workspace {
 
  private:
   // Sizes in floats, all of them whole panels, so that every buffer is aligned to its cache line.
+#ifdef __SANITIZE_ADDRESS__
+  // A block for every buffer, so that AddressSanitizer watches the edges of each.
+  void reserve(size_t) { blocks_.clear(); }
+  float* take(size_t size) {
+    blocks_.push_back(std::make_unique<Block>(size * sizeof(float)));
+    return blocks_.back()->as<float>();
+  }
+
+  std::vector<std::unique_ptr<Block>> blocks_;
+#else
   void reserve(size_t size) {
     used_ = 0;
     if (size <= size_) return;
     memory_ = nullptr;
+    size_ = 0;  // nothing is held should the allocation fail
     memory_ = std::make_unique<Block>(size * sizeof(float));
     size_ = size;
   }
@@ -54,6 +65,7 @@ class Workspace {
 
   std::unique_ptr<Block> memory_;
   size_t size_ = 0, used_ = 0;
+#endif
 };
 
 }  // namespace kangaroo
