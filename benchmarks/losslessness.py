@@ -1,57 +1,52 @@
-"""Is Kangaroo's text plain decoding's, on every HumanEval prompt, and how much does each step bring?
+"""Is Kangaroo plain decoding to the bit, on every HumanEval prompt and in every dtype, and what does a step bring?
 
     python benchmarks/losslessness.py --prompts HumanEval.jsonl.gz
 
-So that a looping model cannot flatter the result, it also gives the share of repeated 8-grams in the output and
-tokens per step teacher-forced on the canonical solutions, text the model did not choose.
+Token ids and the logits of every position are compared with those of plain decoding, one token per pass. So that a
+looping model cannot flatter the result, it also gives the share of repeated 8-grams in the output and tokens per step
+teacher-forced on the canonical solutions, text the model did not choose. Fails where no step accepted nothing, a part
+or all of its draft, so that each is known to have been tried.
 """
 
 import argparse
-import gzip
-import json
-from dataclasses import asdict
+import sys
 from pathlib import Path
 
 import torch
 
 from kangaroo.bench.agreement import count_forced_steps, repeated_share
-from kangaroo.bench.divergence import find_divergence, shared_length
+from kangaroo.bench.check import Checker
+from kangaroo.bench.divergence import shared_length
 from kangaroo.bench.losslessness import Problem, list_differing, summarize
+from kangaroo.bench.prompts import Prompt, read_prompts
 from kangaroo.bench.record import markdown_table, stamp, stamp_text, write_result
 from kangaroo.drafters.adapter import Adapter
 from kangaroo.drafters.kangaroo import KangarooSettings
-from kangaroo.llm import LLM, LoadedModel, build_drafter, load_model
+from kangaroo.llm import LoadedModel, build_drafter, load_model
 from kangaroo.types import SamplingParams
 
+DTYPES, WEIGHTS = ("float32", "bfloat16", "float16"), ("int8",)
+HEADER = ["storage", "draft", "tokens equal", "logits equal", "positions equal", "tokens per step", "acceptance rate",
+          "steps accepting all / part / none", "repeated 8-grams", "teacher-forced tokens per step"]  # fmt: skip
+NOTE = (
+    "Greedy, {} tokens a prompt. `tokens equal`: prompts whose token ids are plain decoding's; `logits equal`: those "
+    "whose logits are too, bit for bit at every position; `positions equal`: the same by position. Teacher-forced: "
+    "gamma 6 on the canonical solutions, positions judged with the true prefix."
+)
 
-def measure(model: LoadedModel, problems: list[dict[str, str]], *, settings: KangarooSettings,
+
+def measure(model: LoadedModel, prompts: list[Prompt], *, settings: KangarooSettings,
             max_new_tokens: int) -> list[Problem]:  # fmt: skip
-    """Every problem's divergence, counts, repetition, teacher-forced counts."""
-    plain = LLM(model, build_drafter(model, "plain"))
-    kangaroo = LLM(model, build_drafter(model, settings))
+    """Every problem's check, repetition, teacher-forced counts."""
     adapter = Adapter.load(Path(settings.adapter or model.adapter_folder), model.target)
-    params = SamplingParams(max_new_tokens=max_new_tokens)
+    results = Checker(model, build_drafter(model, settings)).check_all(prompts, SamplingParams(max_new_tokens))
     measured = []
-    for problem in problems:
-        prompt = tuple(model.tokenizer.encode(problem["prompt"]))
-        ours, expected = kangaroo.generate(prompt, params), plain.generate(prompt, params)
-        text = model.tokenizer.encode(problem["prompt"] + problem["canonical_solution"])
+    for prompt, result in zip(prompts, results, strict=True):
+        text = model.tokenizer.encode(prompt.text + prompt.fields["canonical_solution"])
         # A token may span the end of the prompt.
-        num_prompt = shared_length(prompt, text)
+        num_prompt = shared_length(model.tokenizer.encode(prompt.text), text)
         forced = count_forced_steps(model.target, adapter, token_ids=text, num_prompt=num_prompt, gamma=6)
-        measured.append(
-            Problem(
-                task_id=problem["task_id"],
-                num_new_tokens=ours.num_new_tokens,
-                num_steps=ours.num_steps,
-                num_drafted=ours.num_drafted,
-                num_accepted=ours.num_accepted,
-                repeated_8_grams=repeated_share(expected.token_ids),
-                num_forced_tokens=forced[0],
-                num_forced_steps=forced[1],
-                divergence=find_divergence(model.target, prompt, first=expected.token_ids, second=ours.token_ids),
-            )
-        )
+        measured.append(Problem(result, repeated_share(result.plain.token_ids), *forced))
     return measured
 
 
@@ -60,44 +55,42 @@ def main() -> None:
     parser.add_argument("--model", default="demo")
     parser.add_argument("--prompts", type=Path, required=True, help="HumanEval.jsonl.gz")
     parser.add_argument("--adapter")
+    parser.add_argument("--dtype", action="append", choices=DTYPES, help="only these; repeatable")
+    parser.add_argument("--weights", action="append", choices=WEIGHTS, help="only these; repeatable")
     parser.add_argument("--max-new-tokens", type=int, default=128)
     parser.add_argument("--num-prompts", type=int, default=None, help="only the first few")
     parser.add_argument("--output", type=Path, default=Path("benchmarks/losslessness"))
     args = parser.parse_args()
-    model = load_model(args.model)
-    with gzip.open(args.prompts, "rt", encoding="utf-8") as file:
-        problems = [json.loads(line) for line in file][: args.num_prompts]
-    result: dict[str, object] = {"stamp": stamp()}
-    table, differing = [], []
-    with torch.inference_mode():
-        for eta in (0.0, None):
+    prompts = read_prompts(args.prompts, limit=args.num_prompts)
+    facts = stamp()
+    result: dict[str, object] = {"stamp": facts}
+    table, differing, untried = [], [], []
+    for storage in [*(args.dtype or []), *(args.weights or [])] or [*DTYPES, *WEIGHTS]:
+        kept_in = {"weights": storage} if storage in WEIGHTS else {"dtype": storage}
+        model = load_model(args.model, **kept_in)
+        for draft, eta in {"gamma 6, eta 0": 0.0, "gamma 6, the adapter's own eta": None}.items():
             settings = KangarooSettings(adapter=args.adapter, gamma=6, eta=eta)
-            measured = measure(model, problems, settings=settings, max_new_tokens=args.max_new_tokens)
-            label = "gamma 6, eta 0" if eta == 0 else "gamma 6, the adapter's own eta"
-            summary = summarize(measured)
-            result[label] = {"summary": summary, "problems": [asdict(one) for one in measured]}
-            rates = ("-" if value is None else f"{value:.3f}" for value in list(summary.values())[2:])
-            table.append([label, f"{summary['num_equal']}/{len(measured)}", *rates])
+            with torch.inference_mode():
+                measured = measure(model, prompts, settings=settings, max_new_tokens=args.max_new_tokens)
+            label, summary = f"{storage}, {draft}", summarize(measured)
+            result[label] = {"summary": summary, "problems": [one.to_dict() for one in measured]}
+            rates = [summary[name] for name in ("tokens_per_step", "acceptance_rate", "repeated_8_grams",
+                                                "teacher_forced_tokens_per_step")]  # fmt: skip
+            shown = ["-" if rate is None else f"{rate:.3f}" for rate in rates]
+            counts = [summary["accepted_of_draft"][name] for name in ("all", "part", "none")]
+            equal = [f"{summary[f'num_{what}_identical']}/{len(measured)}" for what in ("tokens", "logits")]
+            positions = f"{summary['num_positions_identical']}/{summary['num_positions']}"
+            table.append([storage, draft, *equal, positions, *shown[:2], " / ".join(map(str, counts)), *shown[2:]])
             differing += [f"### {label}", "\n".join(list_differing(measured)) or "None."]
-    header = [
-        "draft",
-        "equal",
-        "tokens per step",
-        "acceptance rate",
-        "repeated 8-grams",
-        "teacher-forced tokens per step",
-    ]
-    facts = result["stamp"]
-    assert isinstance(facts, dict)
-    text = "\n\n".join([
-        "# Losslessness on HumanEval", stamp_text(facts),
-        f"Greedy, float32, {args.max_new_tokens} tokens a prompt. `equal`: token ids are plain decoding's. "
-        "Teacher-forced: gamma 6 on the canonical solutions, "
-        "positions judged with the true prefix.", markdown_table(header, table),
-        "## Texts that differ", *differing,
-    ])  # fmt: skip
+            untried += [label] * (0 in counts)
+            print(" | ".join(map(str, table[-1])), file=sys.stderr, flush=True)
+    sections = ["# Losslessness on HumanEval", stamp_text(facts), NOTE.format(args.max_new_tokens),
+                markdown_table(HEADER, table), "## Texts that differ", *differing]  # fmt: skip
+    text = "\n\n".join(sections)
     write_result(args.output, result, text=text)
     print(text)
+    if untried:
+        sys.exit(f"no step accepted nothing, a part or all of its draft: {'; '.join(untried)}")
 
 
 if __name__ == "__main__":
