@@ -19,7 +19,10 @@ def walk(draft: Draft, choices: Tensor) -> Tensor:
     if not draft.tokens.shape == draft.parents.shape == choices.shape:
         shapes = [tuple(tensor.shape) for tensor in (draft.tokens, draft.parents, choices)]
         raise ValueError(f"tokens, parents and choices must have one shape [B, N], got {shapes}")
-    all_tokens, all_picks = torch.stack([draft.tokens, choices]).tolist()
+    if choices.is_cpu:
+        all_tokens, all_picks = draft.tokens.tolist(), choices.tolist()
+    else:
+        all_tokens, all_picks = torch.stack([draft.tokens, choices]).tolist()
     paths = []
     rows = zip(all_tokens, draft.parents.tolist(), all_picks, draft.num_nodes, strict=True)
     for tokens, parents, picks, num_nodes in rows:

@@ -53,7 +53,7 @@ class Adapter:
         self.config = config
         self.model_config = attention_config(model_config)
         self.tensors = tensors
-        self._packed: PackedStack | None = None
+        self.packed: PackedStack | None = None
         device = tensors["input_norm"].device
         self.rotary = Rotary(model_config.rope, model_config.head_dim, device=device)
 
@@ -122,8 +122,8 @@ class Adapter:
         # The matrices are kept once, packed; their shapes stay.
         shapes = {name: one if one.ndim == 1 else one.to("meta") for name, one in self.tensors.items()}
         packed = Adapter(self.config, self.model_config, tensors=shapes)
-        packed._packed = PackedStack(self.model_config)
-        packed._packed.add_layer(self.tensors, storage=target.storage, window=None)
+        packed.packed = PackedStack(self.model_config)
+        packed.packed.add_layer(self.tensors, storage=target.storage, window=None)
         return packed
 
     @property
@@ -133,8 +133,8 @@ class Adapter:
 
     def new_cache(self, target: Transformer, *, num_slots: int) -> KVCache:
         """An empty cache of one sequence for the adapter's own keys and values."""
-        if self._packed is not None:
-            return self._packed.new_cache(1, num_slots)
+        if self.packed is not None:
+            return self.packed.new_cache(1, num_slots)
         return KVCache(self.model_config, 1, num_slots=num_slots, dtype=target.dtype, device=target.device)
 
     def save(self, folder: Path, *, dtype: torch.dtype = torch.float32) -> None:
@@ -154,8 +154,8 @@ class Adapter:
 
     def run(self, hidden: Tensor, *, attention: AttentionPass) -> Tensor:
         """The states [..., D] before the final norm, from states [..., D] entering the exit layer."""
-        if self._packed is not None:
-            return self._packed.run(hidden, (0, 1), attention=attention)[0]
+        if self.packed is not None:
+            return self.packed.run(hidden, (0, 1), attention=attention)[0]
         model, tensors = self.model_config, self.tensors
         cosine, sine = self.rotary.at(attention.positions, attention.num_positions)
         normed = reference.rms_norm(hidden, tensors["input_norm"], eps=model.norm_eps)

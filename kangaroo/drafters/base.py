@@ -1,5 +1,6 @@
 """What the engine and a drafter share: the batch, and the protocol every drafter follows."""
 
+import functools
 from collections.abc import Sequence as SequenceOf
 from dataclasses import dataclass, field
 from typing import Protocol
@@ -75,7 +76,15 @@ class Drafter(Protocol):
 
 def chain_draft(root: torch.Tensor, guesses: SequenceOf[torch.Tensor]) -> Draft:
     """A draft without branches, equally long for every sequence: roots [B], then guesses [B] per level."""
-    num_nodes = 1 + len(guesses)
-    depths = torch.arange(num_nodes).repeat(len(root), 1)
+    num_sequences, num_nodes = root.shape[0], 1 + len(guesses)
+    parents, depths = chain_shape(num_sequences, num_nodes)
     tokens = torch.stack([root, *guesses], dim=1)
-    return Draft(tokens=tokens, parents=depths - 1, depths=depths, num_nodes=(num_nodes,) * len(root))
+    return Draft(tokens=tokens, parents=parents, depths=depths, num_nodes=(num_nodes,) * num_sequences)
+
+
+@functools.cache
+def chain_shape(num_sequences: int, num_nodes: int) -> tuple[torch.Tensor, torch.Tensor]:
+    """Parents and depths [B, N] of chains; made once, since every step needs them."""
+    with torch.inference_mode(False):
+        depths = torch.arange(num_nodes).repeat(num_sequences, 1)
+        return depths - 1, depths

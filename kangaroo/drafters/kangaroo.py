@@ -8,17 +8,21 @@ Shapes: D hidden size, V vocabulary, R rows of one sequence.
 
 from collections.abc import Sequence as SequenceOf
 from dataclasses import dataclass, replace
+from typing import TYPE_CHECKING, cast
 
 import torch
 from torch import Tensor
 
 from kangaroo.drafters.adapter import Adapter, check_exit_layer
-from kangaroo.drafters.base import Batch, Sequence, chain_draft
+from kangaroo.drafters.base import Batch, Sequence, chain_draft, chain_shape
 from kangaroo.drafters.stopping import ConfidenceThreshold, FixedLength, StoppingPolicy
 from kangaroo.model.cache import CachedPass, KVCache, Segment
 from kangaroo.model.transformer import Transformer
 from kangaroo.sampling import choose
 from kangaroo.types import Draft, Outcome, SamplingParams
+
+if TYPE_CHECKING:
+    from kangaroo.model.packed import PackedTransformer
 
 DEFAULT_GAMMA = 6
 DEFAULT_ETA = 0.6
@@ -87,10 +91,13 @@ class KangarooDrafter:
     def draft(self, batch: Batch) -> Draft:
         """Feed the adapter what it has not seen, then draft token by token until the stopping rule says so."""
         (sequence,) = batch.sequences
+        gamma = min(self._stopping.max_length, sequence.max_draft)
+        greedy = sequence.request.params.temperature == 0
+        if self._adapter.packed is not None and greedy and gamma > 0 and self._stopping.threshold is not None:
+            return self._draft_in_one_call(batch, gamma, threshold=self._stopping.threshold)
         memory = self._memory[sequence]
         # Filled on the device: a copy from the host would wait for it.
         root = torch.full((1,), sequence.tokens[-1], device=self._target.device)
-        gamma = min(self._stopping.max_length, sequence.max_draft)
         guesses: list[Tensor] = []
         confidences: list[Tensor] = []
         states = [self._run_shallow(batch, root, offset=0)]
@@ -125,6 +132,36 @@ class KangarooDrafter:
         for sequence in sequences:
             self._memory.pop(sequence, None)
 
+    def _draft_in_one_call(self, batch: Batch, gamma: int, *, threshold: float) -> Draft:
+        """The same chain on packed weights, without returning to Python between tokens."""
+        assert self._cache is not None, "draft() before begin()"
+        assert self._adapter.packed is not None, "packed weights only"
+        (sequence,) = batch.sequences
+        memory = self._memory[sequence]
+        pending = memory.pending[0] if len(memory.pending) == 1 else torch.cat(memory.pending)
+        root = sequence.tokens[-1]
+        tokens, confidences, states = cast("PackedTransformer", self._target).draft_chain(
+            batch.cache,
+            sequence.slot,
+            adapter=(self._adapter.packed, self._cache),
+            norm=self._adapter.final_norm,
+            plan=(self.exit_layer, root, gamma, threshold),
+            pending=pending,
+        )
+        # The last guess is not fed to the adapter.
+        self._cache.truncate(0, self._cache.lengths[0] + pending.shape[0] + len(tokens))
+        memory.pending, memory.num_speculative = [], len(tokens)
+        parents, depths = chain_shape(1, 1 + len(tokens))
+        return Draft(
+            tokens=torch.tensor([[root, *tokens]]),
+            parents=parents,
+            depths=depths,
+            num_nodes=(1 + len(tokens),),
+            resume_layer=self.exit_layer,
+            hidden=states,
+            confidence=torch.tensor([[1.0, *confidences]]),
+        )
+
     def _run_shallow(self, batch: Batch, token: Tensor, *, offset: int) -> Tensor:
         """Layers [0, e) over token [1], offset slots after the cached ones, on the target's own cache; [1, D]."""
         attention = CachedPass(batch.cache, [batch.segment(0, offset=offset, num_rows=1)])
@@ -134,11 +171,11 @@ class KangarooDrafter:
     def _predict(self, states: Tensor, params: SamplingParams) -> tuple[Tensor, Tensor]:
         """Feed states [R, D] to the adapter; returns the token [1] that follows them and its confidence [1]."""
         assert self._cache is not None, "draft() before begin()"
-        for block in states.split(FEED_ROWS):
+        for block in states.split(FEED_ROWS) if states.shape[0] > FEED_ROWS else (states,):
             start = self._cache.lengths[0]
-            attention = CachedPass(self._cache, [Segment(0, start, len(block))])
+            attention = CachedPass(self._cache, [Segment(0, start, block.shape[0])])
             hidden = self._adapter.run(block, attention=attention)
-            self._cache.truncate(0, start + len(block))
+            self._cache.truncate(0, start + block.shape[0])
         if params.temperature == 0:
             return self._target.guess(hidden[-1:], self._adapter.final_norm)
         logits = self._target.logits(hidden[-1:], self._adapter.final_norm)

@@ -23,6 +23,11 @@ class StoppingPolicy(Protocol):
     @property
     def reads_confidence(self) -> bool: ...
 
+    @property
+    def threshold(self) -> float | None:
+        """Where drafting ends behind a confidence below one fixed number: that number; else None."""
+        ...
+
     def stops(self, confidence: Tensor) -> list[bool]:
         """Whether drafting ends behind a token of this confidence [B], the raw top-1 probability."""
         ...
@@ -34,6 +39,7 @@ class FixedLength:
 
     max_length: int
     reads_confidence = False
+    threshold = 0.0
 
     def __post_init__(self) -> None:
         _check_length(self.max_length)
@@ -55,6 +61,11 @@ class ConfidenceThreshold:
         _check_length(self.max_length)
         if not 0 <= self.eta <= 1:
             raise SettingsError(f"eta must be in [0, 1], got {self.eta}")
+
+    @property
+    def threshold(self) -> float:
+        """eta."""
+        return self.eta
 
     def stops(self, confidence: Tensor) -> list[bool]:
         """Where confidence [B] < eta; the one read of the device per drafted token."""

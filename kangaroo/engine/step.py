@@ -49,23 +49,42 @@ def decode_step(batch: Batch, drafter: Drafter) -> tuple[Draft, Outcome]:
     draft = drafter.draft(batch)
     for sequence, num_nodes in zip(batch.sequences, draft.num_nodes, strict=True):
         assert 1 <= num_nodes <= 1 + sequence.max_draft, f"{drafter.name} drafted {num_nodes - 1} tokens"
-    packed = torch.cat([row[:count] for row, count in zip(draft.tokens, draft.num_nodes, strict=True)])
     segments = [
         batch.segment(row, num_rows=count, parents=parents[:count])
         for row, (count, parents) in enumerate(zip(draft.num_nodes, draft.parents.tolist(), strict=True))
     ]
     attention = CachedPass(batch.cache, segments)
-    entering = target.embed(packed) if draft.hidden is None else draft.hidden
+    entering = target.embed(_pack(draft)) if draft.hidden is None else draft.hidden
     span = (draft.resume_layer, target.num_layers)
     hidden, taps = target.forward(entering, span, attention=attention, taps=drafter.taps)
     choices = _choose(hidden, attention, target=target, sequences=batch.sequences, num_rows=draft.num_nodes)
-    padded = torch.nn.utils.rnn.pad_sequence(list(choices.split(draft.num_nodes)), batch_first=True, padding_value=-1)
-    # The one read of the device: the draft may still be under way until here.
-    tokens, choices = torch.stack([draft.tokens, padded]).cpu()
-    draft = replace(draft, tokens=tokens)
+    draft, choices = _read(draft, choices)
     outcome = _commit(batch, draft, paths=walk(draft, choices), choices=choices, taps=taps)
     drafter.accept(batch.sequences, outcome)
     return draft, outcome
+
+
+def _pack(draft: Draft) -> Tensor:
+    """The draft's tokens [R] without padding."""
+    if min(draft.num_nodes) == draft.tokens.shape[1]:
+        return draft.tokens.flatten()
+    return torch.cat([row[:count] for row, count in zip(draft.tokens, draft.num_nodes, strict=True)])
+
+
+def _read(draft: Draft, choices: Tensor) -> tuple[Draft, Tensor]:
+    """The draft and the choices [R], padded to [B, N], on the host: the one read of the device in a step.
+
+    The draft may still be under way there until now.
+    """
+    if min(draft.num_nodes) == draft.tokens.shape[1]:
+        padded = choices.view(draft.tokens.shape)
+    else:
+        rows = list(choices.split(draft.num_nodes))
+        padded = torch.nn.utils.rnn.pad_sequence(rows, batch_first=True, padding_value=-1)
+    if choices.is_cpu:
+        return draft, padded
+    tokens, padded = torch.stack([draft.tokens, padded]).cpu()
+    return replace(draft, tokens=tokens), padded
 
 
 def _choose(hidden: Tensor, attention: CachedPass, *, target: Transformer, sequences: SequenceOf[Sequence],

@@ -51,6 +51,18 @@ def select(instruction_set: str, *, num_threads: int | None = None) -> None:
         _native.set_num_threads(count)
 
 
+def measure_bandwidth(num_bytes: int) -> float:
+    """Bytes a second that all threads together read from memory, the best of three tries."""
+    rate: float = _native.measure_bandwidth(num_bytes, 3)
+    return rate
+
+
+def measure_peak(num_steps: int) -> float:
+    """Float32 operations a second of all threads together, as multiply-adds on full vectors; the best of three tries."""
+    rate: float = _native.measure_peak(num_steps, 3)
+    return rate
+
+
 def pack(weight: Tensor, *, storage: str, bias: Tensor | None = None, paired: bool = False) -> Weight:
     """Pack a weight [N, K] into panels, stored as float32, bfloat16, float16 or int8.
 
@@ -66,7 +78,7 @@ def pack(weight: Tensor, *, storage: str, bias: Tensor | None = None, paired: bo
 
 def gather(weight: Weight, rows: Tensor) -> Tensor:
     """Rows [R, K] float32 of a weight by their ids [R] int64: an embedding."""
-    out = torch.empty(len(rows), weight.num_inputs)
+    out = torch.empty(rows.shape[0], weight.num_inputs)
     weight.gather(rows.tolist(), out.data_ptr())
     return out
 
@@ -76,6 +88,10 @@ def linear(hidden: Tensor, weight: Weight) -> Tensor:
     out = torch.empty(len(hidden), weight.num_rows)
     _native.linear(weight, _address(hidden, (len(hidden), weight.num_inputs)), len(hidden), out.data_ptr())
     return out
+
+
+# Where a chain is drafted: cache, sequence there, slots it has committed, rotary tables [2, S, 1, E].
+Place = tuple[Cache, int, int, Tensor]
 
 
 class Stack:
@@ -100,8 +116,6 @@ class Stack:
         """
         shape = (hidden.shape[0], self._hidden_size)
         entering = _address(hidden, shape)
-        cosine = _address(tables, (2, tables.shape[1], 1, self._head_dim))
-        sine = cosine + 4 * tables.shape[1] * self._head_dim
         out = torch.empty(shape)
         start, stop = span
         inner = {tap: torch.empty(shape) for tap in taps if start < tap < stop}
@@ -110,7 +124,7 @@ class Stack:
             span,
             segments,
             (entering, out.data_ptr()),
-            (cosine, sine, tables.shape[1]),
+            self._tables(tables),
             [(tap, buffer.data_ptr()) for tap, buffer in inner.items()],
         )
         if start in taps:
@@ -118,6 +132,17 @@ class Stack:
         if stop in taps:
             inner[stop] = out
         return out, inner
+
+    def place(self, place: Place) -> tuple[_native.Stack, Cache, int, int, tuple[int, int, int]]:
+        """This stack at a place, as the native kernels take it."""
+        cache, sequence, num_slots, tables = place
+        return self._stack, cache, sequence, num_slots, self._tables(tables)
+
+    def _tables(self, tables: Tensor) -> tuple[int, int, int]:
+        """Addresses of cosine and sine, and how many positions they cover."""
+        num_positions = tables.shape[1]
+        cosine = _address(tables, (2, num_positions, 1, self._head_dim))
+        return cosine, cosine + 4 * num_positions * self._head_dim, num_positions
 
 
 class Head:
@@ -129,24 +154,48 @@ class Head:
 
     def logits(self, hidden: Tensor, norm: Tensor | None) -> Tensor:
         """Logits [R, V] of states [R, D] under a norm [D], None where they are normed already."""
-        out = torch.empty(len(hidden), self.weight.num_rows)
+        out = torch.empty(hidden.shape[0], self.weight.num_rows)
         self._run(hidden, norm, out=(out.data_ptr(), 0, 0))
         return out
 
     def argmax(self, hidden: Tensor, norm: Tensor | None) -> Tensor:
         """The largest logit's id [R] int64, the lowest where several are equal."""
-        out = torch.empty(len(hidden), dtype=torch.int64)
+        out = torch.empty(hidden.shape[0], dtype=torch.int64)
         self._run(hidden, norm, out=(0, out.data_ptr(), 0))
         return out
 
     def guess(self, hidden: Tensor, norm: Tensor | None) -> tuple[Tensor, Tensor]:
         """The largest logit's id [R] int64 and its softmax probability [R] float32."""
-        ids, confidence = torch.empty(len(hidden), dtype=torch.int64), torch.empty(len(hidden))
+        num_rows = hidden.shape[0]
+        ids, confidence = torch.empty(num_rows, dtype=torch.int64), torch.empty(num_rows)
         self._run(hidden, norm, out=(0, ids.data_ptr(), confidence.data_ptr()))
         return ids, confidence
 
+    def draft_chain(
+        self, target: tuple[Stack, Place], drafter: tuple[Stack, Place], *, plan: tuple[int, int, int, float],
+        pending: Tensor, embedding: tuple[Weight, float], norm: Tensor
+    ) -> tuple[list[int], list[float], Tensor]:  # fmt: skip
+        """Draft greedily token by token in one call: layers [0, e) of target, the drafter's one layer, norm [D], head.
+
+        plan: exit layer e, root token, most tokens to draft, and the confidence below which to stop behind a token.
+        pending: [P, D], states entering layer e that the drafter has not seen; embedding: the weight and its scale.
+        Returns the tokens, their confidences, and the states [1 + tokens, D] of root and tokens that enter layer e.
+        """
+        num_pending, size = pending.shape
+        states = torch.empty(num_pending + 1 + plan[2], size)
+        states[:num_pending] = pending
+        tokens, confidences = _native.draft_chain(
+            target[0].place(target[1]),
+            drafter[0].place(drafter[1]),
+            plan,
+            (_address(states, tuple(states.shape)), num_pending),
+            embedding,
+            (self.weight, _address(norm, (size,)), self._norm_eps, self._softcap),
+        )
+        return tokens, confidences, states[num_pending : num_pending + 1 + len(tokens)]
+
     def _run(self, hidden: Tensor, norm: Tensor | None, *, out: tuple[int, int, int]) -> None:
-        num_rows, size = len(hidden), self.weight.num_inputs
+        num_rows, size = hidden.shape[0], self.weight.num_inputs
         weights = 0 if norm is None else _address(norm, (size,))
         states = _address(hidden, (num_rows, size))
         _native.run_head(self.weight, (states, num_rows), (weights, self._norm_eps), self._softcap, out)

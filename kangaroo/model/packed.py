@@ -14,6 +14,7 @@ from kangaroo.model.cache import CachedPass, KVCache, Segment
 from kangaroo.model.config import ModelConfig
 from kangaroo.model.transformer import AttentionPass, Layer, Rotary, Transformer
 
+CPU = torch.device("cpu")
 LINEARS = ("qkv", "output", "gate_up", "down")
 
 
@@ -22,7 +23,7 @@ class PackedCache(KVCache):
 
     def __init__(self, config: ModelConfig, num_sequences: int, *, num_slots: int) -> None:
         self.config = config
-        self.device = torch.device("cpu")
+        self.device = CPU
         self.num_slots = num_slots
         self.lengths = [0] * num_sequences
         self.storage = cpu.Cache(config.num_layers, num_sequences, config.num_kv_heads, num_slots, config.head_dim)
@@ -37,7 +38,7 @@ class PackedStack:
 
     def __init__(self, config: ModelConfig) -> None:
         self._config = config
-        self._rotary = Rotary(config.rope, config.head_dim, device=torch.device("cpu"))
+        self._rotary = Rotary(config.rope, config.head_dim, device=CPU)
         self._stack = cpu.Stack(
             (config.hidden_size, config.num_heads, config.num_kv_heads, config.head_dim),
             norm_eps=config.norm_eps,
@@ -70,6 +71,12 @@ class PackedStack:
             tables=self._rotary.tables(attention.num_positions),
             taps=taps,
         )
+
+    def place(self, cache: KVCache, sequence: int, *, num_more: int) -> tuple[cpu.Stack, cpu.Place]:
+        """These layers behind a sequence's committed slots, with rotary tables for num_more positions there."""
+        assert isinstance(cache, PackedCache), "the cache of another backend"
+        start = cache.lengths[sequence]
+        return self._stack, (cache.storage, sequence, start, self._rotary.tables(start + num_more))
 
     def new_cache(self, num_sequences: int, num_slots: int) -> PackedCache:
         """An empty cache for these layers."""
@@ -106,7 +113,7 @@ class PackedTransformer(Transformer):
 
     @property
     def device(self) -> torch.device:
-        return torch.device("cpu")
+        return CPU
 
     @property
     def dtype(self) -> torch.dtype:
@@ -143,6 +150,22 @@ class PackedTransformer(Transformer):
     def guess(self, hidden: Tensor, norm: Tensor) -> tuple[Tensor, Tensor]:
         """A drafter's argmax [R] int64 and its probability [R], of states [R, D] under the drafter's norm [D]."""
         return self._head.guess(hidden, norm)
+
+    def draft_chain(
+        self, cache: KVCache, sequence: int, *, adapter: tuple[PackedStack, KVCache], norm: Tensor,
+        plan: tuple[int, int, int, float], pending: Tensor
+    ) -> tuple[list[int], list[float], Tensor]:  # fmt: skip
+        """Draft a chain with layers [0, e) and an adapter in one call; cpu.Head.draft_chain says how."""
+        num_more = pending.shape[0] + plan[2] + 1
+        stack, own = adapter
+        return self._head.draft_chain(
+            self._stack.place(cache, sequence, num_more=num_more),
+            stack.place(own, 0, num_more=num_more),
+            plan=plan,
+            pending=pending,
+            embedding=(self._embedding, self.config.embedding_scale),
+            norm=norm,
+        )
 
 
 def pack(model: Transformer, storage: str = "float32") -> PackedTransformer:

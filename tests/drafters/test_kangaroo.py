@@ -361,3 +361,44 @@ def test_settings_go_before_the_adapters_recommendation_and_that_before_the_pape
         KangarooSettings(gamma=0).stopping(adapter)
     with pytest.raises(SettingsError, match=r"eta must be in \[0, 1\], got 2"):
         KangarooSettings(eta=2).stopping(adapter)
+
+
+class TokenByToken(ConfidenceThreshold):
+    """The same rule without a number to give away, so that the drafter asks it after every token."""
+
+    threshold = None  # type: ignore[assignment]
+
+
+@pytest.mark.parametrize("storage", ["float32", "bfloat16", "int8"])
+@pytest.mark.parametrize("eta", [0.0, 0.4, 1.0])
+@pytest.mark.parametrize("family", FAMILIES)
+def test_chain_drafted_in_one_call_is_the_chain_drafted_token_by_token(family: str, eta: float, storage: str) -> None:
+    packed = pytest.importorskip("kangaroo.model.packed", exc_type=ImportError)
+    loose = tame_target(family)
+    target, drafts = packed.pack(loose, storage), []
+    for stopping in (ConfidenceThreshold(5, eta), TokenByToken(5, eta)):
+        made = make_drafter(loose, stopping)
+        drafter = KangarooDrafter(target, made._adapter.pack(target), stopping=stopping)
+        calls: list[int] = []
+        in_one_call = drafter._draft_in_one_call
+
+        def counted(*args: Any, calls: list[int] = calls, call: Any = in_one_call, **others: Any) -> Draft:
+            calls.append(1)
+            draft: Draft = call(*args, **others)
+            return draft
+
+        drafter._draft_in_one_call = counted  # type: ignore[method-assign]
+        recorder = Recorder(drafter, target, SamplingParams(max_new_tokens=24))
+        recorder.finish()
+        assert bool(calls) == (stopping.threshold is not None)
+        drafts.append([draft for _, draft in recorder.drafts])
+    for one, other in zip(*drafts, strict=True):
+        assert one.hidden is not None
+        assert other.hidden is not None
+        assert one.confidence is not None
+        assert other.confidence is not None
+        assert one.num_nodes == other.num_nodes
+        assert torch.equal(one.tokens, other.tokens)
+        assert torch.equal(one.parents, other.parents)
+        assert torch.equal(one.hidden, other.hidden)
+        assert torch.equal(one.confidence, other.confidence)

