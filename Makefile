@@ -1,5 +1,6 @@
 # make demo    everything from a fresh clone to a side-by-side run of the bundled model
 # make test    lint, types and tests
+# make sanitize  the kernels' tests under AddressSanitizer and UndefinedBehaviorSanitizer (GCC)
 #
 # PYTHON       the interpreter that builds .venv (3.11 or newer)
 # PIP_FLAGS    further options of every pip call, such as the index that holds your build of torch
@@ -10,7 +11,7 @@ PIP_FLAGS ?=
 BIN := .venv/bin
 PIP := $(BIN)/python -m pip --disable-pip-version-check
 
-.PHONY: venv demo check test clean
+.PHONY: venv demo check test sanitize clean
 
 venv: .venv/.installed
 
@@ -41,6 +42,20 @@ check: venv
 
 test: check
 	$(BIN)/python -m pytest
+
+# An environment of its own, which finds every other package in .venv. The kernels throw, so libstdc++ must be loaded
+# beside the sanitiser.
+ASAN := build/asan-env
+sanitize: venv
+	test -d $(ASAN) || $(BIN)/python -m venv --without-pip $(ASAN)
+	$(PIP) --python $(ASAN)/bin/python install $(PIP_FLAGS) --quiet --no-deps -c constraints.txt \
+		-C build-dir=build/asan -C cmake.define.KANGAROO_SANITIZE=ON -e .
+	$(BIN)/python -c 'import sysconfig; print(sysconfig.get_path("purelib"))' \
+		> $$($(ASAN)/bin/python -c 'import sysconfig; print(sysconfig.get_path("purelib"))')/packages.pth
+	LD_PRELOAD="$$(gcc -print-file-name=libasan.so) $$(gcc -print-file-name=libstdc++.so)" \
+		ASAN_OPTIONS=detect_leaks=0 UBSAN_OPTIONS=halt_on_error=1:print_stacktrace=1 OMP_NUM_THREADS=1 \
+		$(ASAN)/bin/python -m pytest -q -p no:cacheprovider tests/kernels tests/model/test_packed.py \
+		tests/drafters/test_kangaroo.py
 
 clean:
 	rm -rf .venv dist *.egg-info .pytest_cache .mypy_cache .ruff_cache .hypothesis

@@ -58,7 +58,7 @@ def measure_bandwidth(num_bytes: int) -> float:
 
 
 def measure_peak(num_steps: int) -> float:
-    """Float32 operations a second of all threads together, as multiply-adds on full vectors; the best of three tries."""
+    """Float32 operations a second of all threads together, multiply-adds on full vectors; the best of three."""
     rate: float = _native.measure_peak(num_steps, 3)
     return rate
 
@@ -114,7 +114,7 @@ class Stack:
 
         tables: [2, S, 1, E] cosine and sine. Returns also, for each tap in i..j, the states that enter it.
         """
-        shape = (hidden.shape[0], self._hidden_size)
+        shape = (sum(segment[3] for segment in segments), self._hidden_size)
         entering = _address(hidden, shape)
         out = torch.empty(shape)
         start, stop = span

@@ -1,7 +1,7 @@
 """Whatever is drafted, by whom and how long: the text is the one plain decoding emits."""
 
 import functools
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
 from collections.abc import Sequence as SequenceOf
 from dataclasses import dataclass
 
@@ -15,10 +15,17 @@ from kangaroo.drafters.kangaroo import KangarooDrafter
 from kangaroo.drafters.plain import PlainDrafter
 from kangaroo.drafters.stopping import ConfidenceThreshold, FixedLength, StoppingPolicy
 from kangaroo.engine.engine import Decoding, Engine
+from kangaroo.kernels import REFERENCE
 from kangaroo.model.transformer import FullSequencePass, Transformer
 from kangaroo.sampling import gumbel_noise
 from kangaroo.types import Draft, Outcome, Request, SamplingParams
 from tests.tiny import tame_transformer
+
+try:
+    from kangaroo.kernels import cpu
+    from kangaroo.model import packed
+except ImportError:  # the native kernels are not built
+    cpu = packed = None  # type: ignore[assignment]
 
 FAMILIES = ["llama", "mistral", "qwen2", "qwen3", "gemma2"]
 EXIT_LAYER = 2
@@ -28,6 +35,28 @@ PARAMS = {
     "greedy": SamplingParams(max_new_tokens=NUM_NEW_TOKENS),
     "sampled": SamplingParams(max_new_tokens=NUM_NEW_TOKENS, temperature=0.8, seed=11),
 }
+
+
+@dataclass(frozen=True)
+class Backend:
+    """The reference kernels, or those of an instruction set with weights in some storage."""
+
+    kernels: str = REFERENCE
+    storage: str = "float32"
+
+
+def native_backends() -> list[Backend]:
+    """Every storage on the fastest instruction set, and float32 on the others."""
+    if cpu is None:
+        return []
+    *others, fastest = cpu.instruction_sets()
+    every = [Backend(fastest, storage) for storage in ("float32", "bfloat16", "float16", "int8")]
+    return every + [Backend(name) for name in others]
+
+
+needs_native = pytest.mark.skipif(cpu is None, reason="the native kernels are not built")
+ON_REFERENCE = Backend()
+ON_NATIVE = native_backends()
 
 # Guesses behind the root as (token, parent node), parents first, given the text so far and the true text.
 Guess = Callable[[int, SequenceOf[int]], list[tuple[int, int]]]
@@ -138,13 +167,30 @@ def tame_target(family: str) -> Transformer:
     return tame_transformer(family, EXIT_LAYER)
 
 
+@functools.cache
+def target_on(backend: Backend, family: str) -> Transformer:
+    target = tame_target(family)
+    return target if backend == ON_REFERENCE else packed.pack(target, backend.storage)
+
+
+@pytest.fixture(autouse=True)
+def _kernels() -> Iterator[None]:
+    """Whatever a test selects holds for it alone."""
+    if cpu is None:
+        yield
+        return
+    before = cpu.selected(), cpu.num_threads()
+    yield
+    cpu.select(before[0], num_threads=before[1])
+
+
 def adapter(target: Transformer, *, trained: bool) -> Adapter:
-    """The early exit itself, which an untrained adapter starts as, or noise."""
+    """The early exit itself, which an untrained adapter starts as, or noise; on the target's kernels."""
     made = Adapter.initialize(target, EXIT_LAYER)
     if not trained:
         shape = made.tensors["output"].shape
         made.tensors["output"] = 3 * torch.randn(shape, generator=torch.Generator().manual_seed(2))
-    return made
+    return made if target.backend == REFERENCE else made.pack(target)  # type: ignore[arg-type]
 
 
 @dataclass(frozen=True)
@@ -167,9 +213,11 @@ def finish(engine: Engine, decoding: Decoding) -> Run:
 
 
 @functools.cache
-def run(family: str, case: Case, mode: str) -> Run:
-    target = tame_target(family)
-    text = () if case.name == "plain" else run(family, CASES[0], mode).tokens
+def run(family: str, case: Case, mode: str, backend: Backend = ON_REFERENCE) -> Run:
+    if backend != ON_REFERENCE:
+        cpu.select(backend.kernels, num_threads=1)
+    target = target_on(backend, family)
+    text = () if case.name == "plain" else run(family, CASES[0], mode, backend).tokens
     engine = Engine(target, case.build(target, text))
     return finish(engine, engine.begin(Request(PROMPT, PARAMS[mode])))
 
@@ -207,6 +255,31 @@ def test_drafting_emits_the_text_of_plain_decoding(family: str, case: Case, mode
     assert_same_text(tame_target(family), run(family, CASES[0], mode), drafted, PARAMS[mode])
     assert sum(drafted.emitted) == NUM_NEW_TOKENS - 1
     assert sum(drafted.drafted) > 0
+
+
+@needs_native
+@pytest.mark.parametrize("mode", PARAMS)
+@pytest.mark.parametrize("case", CASES[1:], ids=lambda case: case.name)
+@pytest.mark.parametrize("family", FAMILIES)
+@pytest.mark.parametrize("backend", ON_NATIVE, ids=lambda backend: f"{backend.kernels}-{backend.storage}")
+def test_drafting_on_native_kernels_emits_the_very_text_of_plain_decoding(
+    backend: Backend, family: str, case: Case, mode: str
+) -> None:
+    drafted = run(family, case, mode, backend)
+    assert drafted.tokens == run(family, CASES[0], mode, backend).tokens
+    assert sum(drafted.emitted) == NUM_NEW_TOKENS - 1
+    assert sum(drafted.drafted) > 0
+
+
+@needs_native
+@pytest.mark.parametrize("mode", PARAMS)
+@pytest.mark.parametrize("case", CASES, ids=lambda case: case.name)
+def test_texts_on_native_kernels_are_the_same_on_every_number_of_threads(case: Case, mode: str) -> None:
+    backend = ON_NATIVE[0]
+    expected, target = run("gemma2", case, mode, backend), target_on(backend, "gemma2")
+    cpu.select(backend.kernels, num_threads=2)
+    engine = Engine(target, case.build(target, expected.tokens))
+    assert finish(engine, engine.begin(Request(PROMPT, PARAMS[mode]))) == expected
 
 
 @pytest.mark.parametrize("mode", PARAMS)

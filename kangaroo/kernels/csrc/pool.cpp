@@ -58,8 +58,13 @@ struct Pool::Crew : std::enable_shared_from_this<Pool::Crew> {
   bool closing = false;
 
   void start() {
-    for (size_t thread = 1; thread < num_threads; ++thread) {
-      threads.emplace_back([self = shared_from_this(), thread] { self->serve(thread); });
+    try {
+      for (size_t thread = 1; thread < num_threads; ++thread) {
+        threads.emplace_back([self = shared_from_this(), thread] { self->serve(thread); });
+      }
+    } catch (...) {
+      close();  // the system refused a thread: none is left waiting for it
+      throw;
     }
   }
 
@@ -125,8 +130,9 @@ void Pool::run(const std::function<void(Team&)>& work) {
     crew_ = nullptr;
   }
   if (!crew_) {
-    crew_ = std::make_shared<Crew>(num_threads_);
-    crew_->start();
+    auto crew = std::make_shared<Crew>(num_threads_);
+    crew->start();
+    crew_ = std::move(crew);
   }
   Team team(0, crew_->num_threads, crew_->barrier);
   crew_->work = &work;

@@ -53,7 +53,7 @@ class Workspace {
 #else
     constexpr size_t kLeast = size_t{1} << 16;
 #endif
-    if (blocks_.empty() || size > left_) {
+    if (kLeast == 0 || blocks_.empty() || size > left_) {
       const size_t room = std::max({size, kLeast, 2 * taken_});
       blocks_.push_back(std::make_unique<Block>((kLeast ? room : size) * sizeof(float)));
       left_ = kLeast ? room : size;
