@@ -78,7 +78,7 @@ def chain_draft(root: torch.Tensor, guesses: SequenceOf[torch.Tensor]) -> Draft:
     """A draft without branches, equally long for every sequence: roots [B], then guesses [B] per level."""
     num_sequences, num_nodes = root.shape[0], 1 + len(guesses)
     parents, depths = chain_shape(num_sequences, num_nodes)
-    tokens = torch.stack([root, *guesses], dim=1)
+    tokens = torch.stack([root, *guesses], dim=1) if guesses else root[:, None]
     return Draft(tokens=tokens, parents=parents, depths=depths, num_nodes=(num_nodes,) * num_sequences)
 
 

@@ -1,6 +1,7 @@
 """Runs requests from prompt to finish: prefill, steps, stop rules, counts and times."""
 
 import time
+from contextlib import nullcontext
 from dataclasses import dataclass, field
 
 import torch
@@ -8,6 +9,7 @@ import torch
 from kangaroo.drafters.base import Batch, Drafter, Sequence
 from kangaroo.engine.step import decode_step, prefill
 from kangaroo.errors import KangarooError, PromptError
+from kangaroo.kernels import REFERENCE
 from kangaroo.model.cache import KVCache
 from kangaroo.model.transformer import Transformer
 from kangaroo.types import Draft, Outcome, Request
@@ -46,6 +48,8 @@ class Engine:
         self.context_length = min(target.config.context_length, max_context or target.config.context_length)
         self._cache: KVCache | None = None
         self._running: Decoding | None = None
+        # The native kernels record nothing for gradients, and entering the mode takes part of every step.
+        self._mode = torch.inference_mode() if target.backend == REFERENCE else nullcontext()
 
     def begin(self, request: Request) -> Decoding:
         """Prefill a prompt and emit its first token; a request still under way is given up.
@@ -61,7 +65,7 @@ class Engine:
         cache = self._cache_for(num_slots)
         decoding = self._running = Decoding(Sequence(request, slot=0, tokens=prompt))
         started_s = self._now_s()
-        with torch.inference_mode():
+        with self._mode:
             self.drafter.begin([decoding.sequence], num_slots=cache.num_slots)
             outcome = prefill(Batch(self.target, cache, [decoding.sequence]), self.drafter)
         self._emit(decoding, outcome)
@@ -80,7 +84,7 @@ class Engine:
         assert sequence.finish_reason is None, "step() on a finished request"
         started_s = self._now_s()
         sequence.max_draft = self._room(sequence) - 1
-        with torch.inference_mode():
+        with self._mode:
             draft, outcome = decode_step(Batch(self.target, self._cache, [sequence]), self.drafter)
         num_emitted = self._emit(decoding, outcome)
         decoding.decode_time_s += self._now_s() - started_s

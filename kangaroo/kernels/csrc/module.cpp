@@ -255,33 +255,49 @@ using Place = std::tuple<const Stack&, const Cache&, size_t, size_t, Tables>;
 // A chain drafted token by token in one call: embed, layers [0, exit_layer) of the target, the adapter's one layer,
 // norm, head, argmax, until num_tokens are drafted or a confidence is below threshold.
 struct Chain {
-  const Weight *embedding, *head;
+  const Weight* embedding;
   float embedding_scale, threshold;
-  std::vector<Pass> shallow, adapter;  // shallow[i] runs node i, the root first; adapter[i] predicts node i + 1
-  std::vector<HeadPass> heads;
+  // The adapter's first pass catches up with what is pending; each later one runs a single row.
+  Pass shallow, catch_up, adapter;
+  HeadPass head;
+  float* states;  // [num_tokens + 1, D], those of the nodes that leave the shallow layers
+  std::vector<float> entering, predicting;
   std::vector<int64_t> tokens;  // of the nodes; the root's is given
   std::vector<float> confidences;
   size_t num_drafted = 0;
 
-  void embed(size_t node) {
-    float* out = const_cast<float*>(shallow[node].hidden);
-    unpack_row(*embedding, static_cast<size_t>(tokens[node]), out);
-    for (size_t i = 0; i < embedding->num_inputs; ++i) out[i] *= embedding_scale;
+  // Point the passes at a node; every pass reads what this wrote behind a barrier.
+  void prepare(size_t node) {
+    const size_t size = embedding->num_inputs;
+    unpack_row(*embedding, static_cast<size_t>(tokens[node]), entering.data());
+    for (float& value : entering) value *= embedding_scale;
+    move(shallow, node);
+    shallow.out = states + node * size;
+    if (node == confidences.size()) return;
+    if (node > 0) move(adapter, node);
+    adapter.hidden = shallow.out;
+    head.hidden = node == 0 ? predicting.data() + (catch_up.num_rows - 1) * size : predicting.data();
+    head.argmax = &tokens[node + 1];
+    head.confidence = &confidences[node];
   }
 
   void run(Team& team) {
-    for (size_t node = 0; node < shallow.size(); ++node) {
-      if (team.thread == 0) embed(node);
+    for (size_t node = 0; node <= confidences.size(); ++node) {
+      if (team.thread == 0) prepare(node);
       team.meet();
-      active_kernels->run_span(shallow[node], team);
-      // Everyone reads the same confidence, behind the barrier that ended the head's pass.
-      if (node > 0 && confidences[node - 1] < threshold) return;
-      if (node == adapter.size()) return;
-      active_kernels->run_span(adapter[node], team);
-      active_kernels->run_head(heads[node], team);
-      team.meet();
+      active_kernels->run_span(shallow, team);
+      // Every thread reads the same confidence, behind the barrier that ended the head's pass.
+      if (node == confidences.size() || (node > 0 && confidences[node - 1] < threshold)) return;
+      active_kernels->run_span(node == 0 ? catch_up : adapter, team);
+      active_kernels->run_head(head, team);
       if (team.thread == 0) num_drafted = node + 1;
+      team.meet();
     }
+  }
+
+ private:
+  static void move(Pass& pass, size_t node) {
+    pass.segments[0].base = pass.rows[0].slot = pass.rows[0].position = pass.first_slot + node;
   }
 };
 
@@ -299,55 +315,49 @@ std::pair<std::vector<int64_t>, std::vector<float>> draft_chain(
   Chain chain{};
   chain.embedding = &std::get<0>(embedding);
   chain.embedding_scale = std::get<1>(embedding);
-  chain.head = &std::get<0>(head);
   chain.threshold = threshold;
-  require(adapter.shape.hidden_size == size && chain.embedding->num_inputs == size && chain.head->num_inputs == size,
+  const Weight& output = std::get<0>(head);
+  require(adapter.shape.hidden_size == size && chain.embedding->num_inputs == size && output.num_inputs == size,
           "target, adapter and head must have one hidden size");
-  require(!chain.head->paired && !chain.embedding->paired, "a head is no paired weight");
+  require(!output.paired && !chain.embedding->paired, "a head is no paired weight");
   require(root >= 0 && static_cast<size_t>(root) < num_rows_of(*chain.embedding) &&
-              num_rows_of(*chain.head) <= num_rows_of(*chain.embedding),
+              num_rows_of(output) <= num_rows_of(*chain.embedding),
           "every token must have an embedding");
   require(adapter.layers.size() == 1 && num_tokens > 0, "a chain needs an adapter of one layer and tokens to draft");
   chain.tokens.assign(num_tokens + 1, root);
   chain.confidences.resize(num_tokens);
-  std::vector<float> entering(size), predicting((num_pending + 1) * size);
-  float* rows = at<float>(states);
-  for (size_t node = 0; node <= num_tokens; ++node) {
-    Pass pass = make_pass(stack, cache, {0, exit_layer}, tables);
-    add_rows(pass, {sequence, base + node, 0, 1, std::nullopt}, std::get<2>(tables));
-    pass.num_rows = 1;
-    pass.hidden = entering.data();
-    pass.out = rows + (num_pending + node) * size;
-    chain.shallow.push_back(std::move(pass));
-  }
-  for (size_t node = 0; node < num_tokens; ++node) {
-    // The first call catches up with all that is pending.
-    const size_t fresh = node == 0 ? num_pending + 1 : 1, before = node == 0 ? 0 : num_pending + node;
-    Pass pass = make_pass(adapter, adapter_cache, {0, 1}, adapter_tables);
-    add_rows(pass, {adapter_sequence, adapter_base + before, 0, fresh, std::nullopt}, std::get<2>(adapter_tables));
-    pass.num_rows = fresh;
-    pass.hidden = rows + before * size;
-    pass.out = predicting.data();
-    chain.adapter.push_back(std::move(pass));
-    HeadPass one{};
-    one.head = chain.head;
-    one.norm = at<const float>(std::get<1>(head));
-    one.norm_eps = std::get<2>(head);
-    one.softcap = std::get<3>(head);
-    one.num_rows = 1;
-    one.hidden = predicting.data() + (fresh - 1) * size;
-    one.argmax = &chain.tokens[node + 1];
-    one.confidence = &chain.confidences[node];
-    chain.heads.push_back(std::move(one));
-  }
+  chain.entering.resize(size);
+  chain.predicting.resize((num_pending + 1) * size);
+  chain.states = at<float>(states) + num_pending * size;
+
+  // Made for the last node, which has the largest slot and position, so that all are checked; then moved about.
+  chain.shallow = make_pass(stack, cache, {0, exit_layer}, tables);
+  add_rows(chain.shallow, {sequence, base + num_tokens, 0, 1, std::nullopt}, std::get<2>(tables));
+  chain.shallow.first_slot = base;
+  chain.shallow.hidden = chain.entering.data();
+  chain.catch_up = make_pass(adapter, adapter_cache, {0, 1}, adapter_tables);
+  chain.adapter = chain.catch_up;
+  add_rows(chain.catch_up, {adapter_sequence, adapter_base, 0, num_pending + 1, std::nullopt},
+           std::get<2>(adapter_tables));
+  chain.catch_up.hidden = at<const float>(states);
+  add_rows(chain.adapter, {adapter_sequence, adapter_base + num_pending + num_tokens - 1, 0, 1, std::nullopt},
+           std::get<2>(adapter_tables));
+  chain.adapter.first_slot = adapter_base + num_pending;
+  for (Pass* pass : {&chain.shallow, &chain.catch_up, &chain.adapter}) pass->num_rows = pass->rows.size();
+  chain.catch_up.out = chain.adapter.out = chain.predicting.data();
+  chain.head.head = &output;
+  chain.head.norm = at<const float>(std::get<1>(head));
+  chain.head.norm_eps = std::get<2>(head);
+  chain.head.softcap = std::get<3>(head);
+  chain.head.num_rows = 1;
+  chain.head.confidence = chain.confidences.data();
   {
     nb::gil_scoped_release released;
     std::lock_guard<std::mutex> lock(pass_mutex);
     const size_t num_threads = Pool::instance().num_threads();
     workspace().reset();
-    for (Pass& pass : chain.shallow) workspace().prepare(pass, num_threads);
-    for (Pass& pass : chain.adapter) workspace().prepare(pass, num_threads);
-    for (HeadPass& pass : chain.heads) workspace().prepare(pass, num_threads);
+    for (Pass* pass : {&chain.shallow, &chain.catch_up, &chain.adapter}) workspace().prepare(*pass, num_threads);
+    workspace().prepare(chain.head, num_threads);
     Pool::instance().run([&chain](Team& team) { chain.run(team); });
   }
   chain.tokens.erase(chain.tokens.begin());
