@@ -71,9 +71,10 @@ def describe_adapter(report: dict[str, Any]) -> str:
     plan, metrics = report["plan"], report["metrics"]
     consistent = " / ".join(f"{metrics[f'ctar_{width}']:.3f}" for width in (1, 3, 6))
     return (
-        f"Exit layer {plan['exit_layer']}, {report['num_parameters']:,} parameters, "
+        f"Exit layer {plan['exit_layer']}, {report['num_parameters']:,} parameters, trained on the target's own greedy "
+        f"continuations of {report['num_documents']:,} pieces of the train split (recipes/continuations.py): "
         f"{report['num_tokens_seen'] / 1e6:.2f}M tokens in {report['wall_time_s'] / 60:.0f} minutes. On held-out "
-        f"files, teacher-forced: top-1 {metrics['top1']:.3f}, top-3 {metrics['top3']:.3f}, expected acceptance "
+        f"texts of that kind, teacher-forced: top-1 {metrics['top1']:.3f}, top-3 {metrics['top3']:.3f}, expected acceptance "
         f"{metrics['expected_acceptance']:.3f}, CTAR@1/3/6 {consistent}. The report is adapter/report.json."
     )
 

@@ -14,7 +14,8 @@ set -euo pipefail
 cd "$(dirname "$0")/.."
 export PYTHONPATH=.  # the package of this checkout, not an installed one
 python=.venv/bin/python
-corpus=build/demo/corpus target=build/demo/target model=build/demo/model adapter=build/demo/adapter
+corpus=build/demo/corpus target=build/demo/target model=build/demo/model
+own=build/demo/own.jsonl adapter=build/demo/adapter
 installed=kangaroo/assets/demo
 
 # The program of this checkout, whether or not it is installed.
@@ -42,12 +43,19 @@ if [[ ! -e $model/generation_config.json ]]; then
     $python recipes/export.py --state $target --corpus $corpus --output $model
 fi
 
+# While decoding, an adapter meets the target's own text.
+step "own text: $own"
+if [[ ! -e $own ]]; then
+    $python recipes/continuations.py --model $model --corpus $corpus --output $own.part
+    mv $own.part $own
+fi
+
 step "adapter: $adapter"
 if [[ ! -e $adapter/report.json ]]; then
     resume=()
     if [[ -e $adapter/checkpoint/state.safetensors ]]; then resume=(--resume); fi
-    kangaroo train adapter --model $model --data $corpus/sample.jsonl --exit-layer 3 --output $adapter \
-        --steps "${ADAPTER_STEPS:-1500}" --batch-size 4 --sequence-length 512 --learning-rate 1e-2 --dtype bfloat16 \
+    kangaroo train adapter --model $model --data $own --exit-layer 2 --output $adapter \
+        --steps "${ADAPTER_STEPS:-1200}" --batch-size 4 --sequence-length 512 --learning-rate 1e-2 --dtype bfloat16 \
         ${resume[@]+"${resume[@]}"}
 fi
 
