@@ -74,8 +74,8 @@ def describe_adapter(report: dict[str, Any]) -> str:
         f"Exit layer {plan['exit_layer']}, {report['num_parameters']:,} parameters, trained on the target's own greedy "
         f"continuations of {report['num_documents']:,} pieces of the train split (recipes/continuations.py): "
         f"{report['num_tokens_seen'] / 1e6:.2f}M tokens in {report['wall_time_s'] / 60:.0f} minutes. On held-out "
-        f"texts of that kind, teacher-forced: top-1 {metrics['top1']:.3f}, top-3 {metrics['top3']:.3f}, expected acceptance "
-        f"{metrics['expected_acceptance']:.3f}, CTAR@1/3/6 {consistent}. The report is adapter/report.json."
+        f"texts of that kind, teacher-forced: top-1 {metrics['top1']:.3f}, top-3 {metrics['top3']:.3f}, expected "
+        f"acceptance {metrics['expected_acceptance']:.3f}, CTAR@1/3/6 {consistent}. The report is adapter/report.json."
     )
 
 

@@ -7,8 +7,7 @@ with a byte-level BPE tokenizer trained on it::
     python recipes/corpus.py --output build/demo/corpus --exclude-jsonl HumanEval.jsonl.gz
 
 Written: ``tokenizer.json``, ``tokenizer_config.json``, ``train.bin`` and ``heldout.bin`` (little-endian
-uint16 token ids), ``sample.jsonl`` (documents of the train split as text, for training an adapter) and
-``corpus.json`` (everything a model card has to state about the data).
+uint16 token ids) and ``corpus.json`` (everything a model card has to state about the data).
 """
 
 import argparse
@@ -36,7 +35,6 @@ TEST_SHARE = 0.25  # tests kept per distribution, relative to its other code
 DISTRIBUTION_SHARE = 0.15
 HELDOUT_SHARE = 0.015
 TOKENIZER_BYTES = 20_000_000
-SAMPLE_BYTES = 24_000_000
 
 # A line break stands alone, so that a prompt that ends in one continues like any other text; the indentation
 # after it is one piece. Digits stand alone, and one leading non-letter (space, dot, underscore, bracket) may
@@ -175,12 +173,6 @@ def write_tokens(tokenizer: Tokenizer, documents: Sequence[Document], *, path: P
     return {"files": len(documents), "utf8_bytes": total_size(documents), "tokens": tokens}
 
 
-def write_sample(documents: Iterable[Document], path: Path) -> None:
-    """Write the documents as text, one JSON object per line."""
-    with path.open("w", encoding="utf-8") as file:
-        file.writelines(json.dumps({"text": document.text}, ensure_ascii=False) + "\n" for document in documents)
-
-
 def distribution_table(inventory: Inventory, documents: Sequence[Document]) -> list[dict[str, object]]:
     """Name, version, licence, files and bytes of every distribution that gave something, largest first."""
     files, sizes = Counter[str](), Counter[str]()
@@ -206,7 +198,6 @@ def build(args: argparse.Namespace) -> dict[str, object]:
     tokenizer_sample = sample(train, TOKENIZER_BYTES, seed=f"{args.seed} tokenizer")
     tokenizer = train_tokenizer((document.text for document in tokenizer_sample), args.vocab_size)
     write_tokenizer(tokenizer, args.output)
-    write_sample(sample(train, SAMPLE_BYTES, seed=f"{args.seed} sample"), args.output / "sample.jsonl")
     splits = {
         "train": write_tokens(tokenizer, train, path=args.output / "train.bin"),
         "heldout": write_tokens(tokenizer, heldout, path=args.output / "heldout.bin"),
