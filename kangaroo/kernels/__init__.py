@@ -1,7 +1,7 @@
 """Kernel backends: `reference` is plain PyTorch and defines the truth, `cpu` is native and row-invariant.
 
 Which one a model gets is decided when it is loaded. KANGAROO_KERNELS=reference forces the former; the name of an
-instruction set (baseline, avx2, avx512) forces the native kernels compiled for it. KANGAROO_NUM_THREADS sizes the
+instruction set (baseline, avx2, avx512, neon) forces the native kernels compiled for it. KANGAROO_NUM_THREADS sizes the
 native kernels' threads, PyTorch's own setting unless given.
 """
 
@@ -10,6 +10,8 @@ import os
 from kangaroo.errors import SettingsError
 
 REFERENCE, NATIVE = "reference", "native"
+# Chosen without being asked for: those whose tests have run on such a machine.
+TESTED = ("baseline", "avx2", "avx512")
 
 
 def select_backend(device: str) -> str:
@@ -28,6 +30,8 @@ def select_backend(device: str) -> str:
                                 "install the package again with a C++ compiler at hand") from error  # fmt: skip
         return REFERENCE
     available = cpu.instruction_sets()
+    if not wanted and available[-1] not in TESTED:
+        return REFERENCE
     if wanted and wanted not in available:
         allowed = ", ".join((REFERENCE, *available))
         raise SettingsError(f"KANGAROO_KERNELS must be one of {allowed} on this machine, got {wanted}")

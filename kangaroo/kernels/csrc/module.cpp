@@ -30,7 +30,12 @@ using SegmentArgument = std::tuple<size_t, size_t, size_t, size_t, std::optional
 // Addresses of cosine and sine [num_positions, E], and num_positions.
 using Tables = std::tuple<uintptr_t, uintptr_t, size_t>;
 
-const Kernels* active_kernels = &baseline_kernels();
+#if defined(__aarch64__)
+const Kernels* const simplest_kernels = &neon_kernels();
+#else
+const Kernels* const simplest_kernels = &baseline_kernels();
+#endif
+const Kernels* active_kernels = simplest_kernels;
 std::mutex pass_mutex;
 
 Workspace& workspace() {
@@ -43,7 +48,7 @@ void require(bool holds, const std::string& message) {
 }
 
 std::vector<const Kernels*> supported_kernels() {
-  std::vector<const Kernels*> found{&baseline_kernels()};
+  std::vector<const Kernels*> found{simplest_kernels};
 #if defined(__x86_64__)
   const bool avx2 = __builtin_cpu_supports("avx2") && __builtin_cpu_supports("fma") && __builtin_cpu_supports("f16c");
   if (avx2) found.push_back(&avx2_kernels());

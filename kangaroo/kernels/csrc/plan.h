@@ -148,7 +148,11 @@ struct Kernels {
   float (*multiply_registers)(size_t num_steps);
 };
 
+#if defined(__aarch64__)
+const Kernels& neon_kernels();
+#else
 const Kernels& baseline_kernels();
+#endif
 #if defined(__x86_64__)
 const Kernels& avx2_kernels();
 const Kernels& avx512_kernels();

@@ -134,16 +134,12 @@ void place_heads(const Pass& pass, size_t layer_id, const Strides& strides, cons
 
 void attend_all(const Pass& pass, size_t layer_id, const Strides& strides, const Team& team) {
   // Tasks are blocks of a segment's rows under one head, dealt out in turn so that the long rows at the end of a prompt
-  // are spread out. Where they would not come out even, as with three heads on two threads, blocks are smaller.
+  // are spread out. Smaller blocks would come out more even, but read the keys and values more often.
   const size_t num_heads = pass.shape->num_heads;
   size_t task_id = 0;
   for (const Segment& segment : pass.segments) {
-    size_t block = segment.num_rows < kScoreRows ? segment.num_rows : kScoreRows;
-    if (segment.num_rows <= kScoreRows && num_heads % team.num_threads != 0) {
-      block = (segment.num_rows + team.num_threads - 1) / team.num_threads;
-    }
-    for (size_t first = 0; first < segment.num_rows; first += block) {
-      const size_t left = segment.num_rows - first, count = left < block ? left : block;
+    for (size_t first = 0; first < segment.num_rows; first += kScoreRows) {
+      const size_t left = segment.num_rows - first, count = left < kScoreRows ? left : kScoreRows;
       for (size_t head = 0; head < num_heads; ++head, ++task_id) {
         if (task_id % team.num_threads != team.thread) continue;
         attend(pass, layer_id, {head, segment.first_row + first, count}, strides.qkv, strides.attended,
