@@ -183,7 +183,8 @@ class Head:
         """
         num_pending, size = pending.shape
         states = torch.empty(num_pending + 1 + plan[2], size)
-        states[:num_pending] = pending
+        if num_pending:
+            states[:num_pending] = pending
         tokens, confidences = _native.draft_chain(
             target[0].place(target[1]),
             drafter[0].place(drafter[1]),

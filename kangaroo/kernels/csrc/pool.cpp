@@ -11,7 +11,7 @@ namespace {
 // How long a thread spins before it sleeps: a barrier's partner is nearly always about to arrive, and the next call
 // nearly always follows soon after the last. Spinning longer would take the core from a partner that waits for it.
 constexpr int kSpinsPerBarrier = 4000;
-constexpr std::chrono::microseconds kSpinBetweenCalls(50);
+constexpr std::chrono::microseconds kSpinBetweenCalls(400);
 
 inline void pause() {
 #if defined(__x86_64__)
