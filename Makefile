@@ -30,6 +30,7 @@ venv: .venv/.installed
 		exit 1;; \
 	esac >&2
 	$(PIP) install $(PIP_FLAGS) --quiet -c constraints.txt -e ".[test]"
+	$(BIN)/python -c "import kangaroo.kernels.cpu"
 	@touch $@
 
 demo: venv
@@ -58,5 +59,5 @@ sanitize: venv
 		tests/drafters/test_kangaroo.py
 
 clean:
-	rm -rf .venv dist *.egg-info .pytest_cache .mypy_cache .ruff_cache .hypothesis
+	rm -rf .venv dist build/asan build/asan-env build/cp* *.egg-info .pytest_cache .mypy_cache .ruff_cache .hypothesis
 	find kangaroo tests recipes -name __pycache__ -type d -prune -exec rm -rf {} +

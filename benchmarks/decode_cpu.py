@@ -29,10 +29,10 @@ from kangaroo.drafters.kangaroo import KangarooSettings
 from kangaroo.engine.step import prefill
 from kangaroo.errors import KangarooError
 from kangaroo.llm import LLM, LoadedModel, build_drafter, load_model
+from kangaroo.model.weights import STORAGES
 from kangaroo.types import Outcome, Request, SamplingParams
 
 ETAS, GAMMAS = (0.0, 0.2, 0.3, 0.4, 0.5, 0.6), (2, 3, 4, 6, 8)
-STORAGES = ("float32", "bfloat16", "float16", "int8")
 
 
 def llm_for(model: LoadedModel, drafter: str | KangarooSettings) -> LLM:
@@ -69,7 +69,9 @@ def measure_speed(model: LoadedModel, prompts: list[tuple[int, ...]], args: argp
     for contender in contenders:
         if isinstance(contender, VllmContender):
             contender.close()
-    return [row | {"version": versions[str(row["contender"])]} for row in compare(runs, "plain")], missing
+    rows = zip(compare(runs, "plain"), compare(runs, "kangaroo"), strict=True)
+    return [row | {"version": versions[str(row["contender"])], "ratio_to_kangaroo": other["ratio"]}
+            for row, other in rows], missing  # fmt: skip
 
 
 @torch.inference_mode()
@@ -151,9 +153,11 @@ def report(result: dict[str, object], facts: dict[str, object]) -> str:
                 "Medians over texts, prefill included; `plain / other`: the median of plain decoding's speed over the "
                 "contender's, text by text; `equal`: texts whose token ids are plain decoding's."]  # fmt: skip
     for dtype, (table, missing) in speed.items():
+        header = ["contender", "tokens/s", "plain / other", "Kangaroo / other", "equal"]
         shown = [[f"{row['contender']} {row['version']}".strip(), row["tokens_per_s"], f"{1 / row['ratio']:.2f}x",
-                  f"{row['num_equal']}/{row['num_texts']}"] for row in table]  # fmt: skip
-        sections += [f"## {dtype}", markdown_table(["contender", "tokens/s", "plain / other", "equal"], shown)]
+                  f"{1 / row['ratio_to_kangaroo']:.2f}x", f"{row['num_equal']}/{row['num_texts']}"]
+                 for row in table]  # fmt: skip
+        sections += [f"## {dtype}", markdown_table(header, shown)]
         sections += [f"Not installed: {line}" for line in missing]
     grid = {(row["eta"], row["gamma"]): row for row in rows}
     cells = [[f"**{eta}**"] + [f"{grid[eta, g]['speedup']:.2f}x of {grid[eta, g]['ideal']:.2f}x, "

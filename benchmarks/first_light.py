@@ -6,8 +6,6 @@ Contenders are interleaved prompt by prompt in one process, after a warm-up; tim
 """
 
 import argparse
-import gzip
-import json
 import statistics
 import time
 from pathlib import Path
@@ -16,22 +14,22 @@ import torch
 
 from kangaroo.bench.comparison import compare, interleave
 from kangaroo.bench.contenders import Contender, KangarooContender, TransformersContender
+from kangaroo.bench.prompts import read_prompts
 from kangaroo.bench.record import markdown_table, stamp, stamp_text, write_result
 from kangaroo.drafters.kangaroo import KangarooSettings
 from kangaroo.llm import LLM, LoadedModel, build_drafter, load_model
-from kangaroo.model.cache import CachedPass, KVCache, Segment
+from kangaroo.model.cache import CachedPass, Segment
 
 ETAS = (0.0, 0.2, 0.4, 0.6, 0.8)
 GAMMAS = (2, 4, 6, 8)
 ROW_COUNTS = range(1, 9)
 
 
-def read_prompts(path: Path, model: LoadedModel, *, num_prompts: int) -> list[tuple[int, ...]]:
-    """Token ids of evenly spaced prompts of a HumanEval file."""
-    with gzip.open(path, "rt", encoding="utf-8") as file:
-        texts = [json.loads(line)["prompt"] for line in file]
-    chosen = texts[:: max(1, len(texts) // num_prompts)][:num_prompts]
-    return [tuple(model.tokenizer.encode(text)) for text in chosen]
+def choose_prompts(path: Path, model: LoadedModel, *, num_prompts: int) -> list[tuple[int, ...]]:
+    """Token ids of evenly spaced prompts of a file."""
+    prompts = read_prompts(path)
+    chosen = prompts[:: max(1, len(prompts) // num_prompts)][:num_prompts]
+    return [tuple(model.tokenizer.encode(prompt.text)) for prompt in chosen]
 
 
 def llm_for(model: LoadedModel, drafter: str | KangarooSettings) -> LLM:
@@ -62,7 +60,7 @@ def sweep(model: LoadedModel, prompts: list[tuple[int, ...]], *, adapter: str | 
 def pass_costs(model: LoadedModel, *, num_cached: int = 256, num_repeats: int = 200) -> list[dict[str, float]]:
     """Median time of a target pass over M rows behind num_cached tokens, and its ratio to one row."""
     target = model.target
-    cache = KVCache(target.config, 1, num_slots=num_cached + 8, dtype=target.embedding.dtype, device=target.device)
+    cache = target.new_cache(1, num_cached + 8)
     times: dict[int, list[float]] = {count: [] for count in ROW_COUNTS}
     tokens = torch.randint(3, target.config.vocab_size, (num_cached + 8,))
     span = (0, target.num_layers)
@@ -74,7 +72,7 @@ def pass_costs(model: LoadedModel, *, num_cached: int = 256, num_repeats: int = 
                 started_s = time.perf_counter()
                 attention = CachedPass(cache, [Segment(0, num_cached, count)])
                 hidden, _ = target.forward(target.embed(tokens[-count:]), span, attention=attention)
-                target.logits(hidden).argmax(-1).tolist()
+                target.argmax(hidden).tolist()
                 if repeat >= 10:
                     times[count].append(time.perf_counter() - started_s)
     base_s = statistics.median(times[1])
@@ -129,7 +127,7 @@ def main() -> None:
     parser.add_argument("--output", type=Path, default=Path("benchmarks/first_light"))
     args = parser.parse_args()
     model = load_model(args.model)
-    prompts = read_prompts(args.prompts, model, num_prompts=args.num_prompts)
+    prompts = choose_prompts(args.prompts, model, num_prompts=args.num_prompts)
     contenders: list[Contender] = [
         TransformersContender(model.folder, eos_ids=model.eos_ids),
         KangarooContender("plain", llm_for(model, "plain")),

@@ -17,15 +17,15 @@ import torch
 from kangaroo.bench.record import markdown_table, stamp, stamp_text, write_result
 from kangaroo.drafters.plain import PlainDrafter
 from kangaroo.engine.engine import Engine
-from kangaroo.kernels import cpu, select_backend
+from kangaroo.kernels import _native, cpu, select_backend
 from kangaroo.llm import load_model
 from kangaroo.model.cache import CachedPass, Segment
 from kangaroo.model.config import ModelConfig
 from kangaroo.model.packed import PackedTransformer
 from kangaroo.model.transformer import Layer
+from kangaroo.model.weights import STORAGES
 from kangaroo.types import Request, SamplingParams
 
-STORAGES = ("float32", "bfloat16", "float16", "int8")
 BYTES = {"float32": 4, "bfloat16": 2, "float16": 2, "int8": 1}
 NUM_CACHED, ROW_COUNTS, LARGE_ROW_COUNTS = 256, range(1, 9), (64, 256)
 BANDWIDTH_BYTES = 256 << 20
@@ -109,7 +109,7 @@ def measure_passes(target: PackedTransformer, storage: str, *, num_repeats: int)
 def measure_outside(target: PackedTransformer, *, num_tokens: int) -> dict[str, float]:
     """A plain decoding step in the engine, and how much of it is spent outside the native kernels."""
     inside = [0.0]
-    run, head = cpu.Stack.run, cpu.Head.argmax
+    run, head = _native.Stack.run, _native.run_head
 
     def timed(function: object) -> object:
         def wrapper(*args: object, **others: object) -> object:
@@ -120,7 +120,7 @@ def measure_outside(target: PackedTransformer, *, num_tokens: int) -> dict[str, 
 
         return wrapper
 
-    cpu.Stack.run, cpu.Head.argmax = timed(run), timed(head)  # type: ignore[method-assign,assignment]
+    _native.Stack.run, _native.run_head = timed(run), timed(head)  # type: ignore[method-assign,assignment]
     try:
         engine = Engine(target, PlainDrafter())
         decoding = engine.begin(Request(tuple(range(3, 131)), SamplingParams(num_tokens)))
@@ -132,7 +132,7 @@ def measure_outside(target: PackedTransformer, *, num_tokens: int) -> dict[str, 
             shares.append(1 - inside[0] / steps[-1])
         engine.end(decoding)
     finally:
-        cpu.Stack.run, cpu.Head.argmax = run, head  # type: ignore[method-assign]
+        _native.Stack.run, _native.run_head = run, head  # type: ignore[method-assign]
     return {"step_time_s": statistics.median(steps), "outside_share": statistics.median(shares)}
 
 

@@ -21,6 +21,10 @@ class PromptError(KangarooError, ValueError):
     """A prompt is empty, too long for the context, or holds unknown token ids."""
 
 
+class KernelError(KangarooError):
+    """The kernels in use cannot do what was asked of them."""
+
+
 class DataError(KangarooError):
     """Training data cannot be read or holds nothing to learn from."""
 

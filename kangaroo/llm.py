@@ -43,14 +43,17 @@ class LoadedModel:
 
 
 def load_model(
-    model: str, *, dtype: str = "float32", weights: str | None = None, device: str = "cpu", backend: str | None = None
+    model: str, *, dtype: str | None = None, weights: str | None = None, device: str = "cpu", backend: str | None = None
 ) -> LoadedModel:
     """Load a checkpoint: a folder, a hub id, or "demo" for the bundled model.
 
-    dtype: float32, bfloat16 or float16, what the weights are kept in; weights="int8" keeps them in int8 instead, with
-    a scale per output. backend: "reference" for a model to train; the device's own (kernels.select_backend) unless
-    given. Raises CheckpointError or SettingsError.
+    dtype: float32 (the default), bfloat16 or float16, what the weights are kept in; weights="int8" keeps them in int8
+    instead, with a scale per output. backend: "reference" for a model to train; the device's own unless given
+    (kernels.select_backend). Raises CheckpointError or SettingsError.
     """
+    if dtype is not None and weights is not None:
+        raise SettingsError(f"give dtype or weights, not both: got {dtype} and {weights}")
+    dtype = "float32" if dtype is None else dtype
     if dtype not in DTYPES:
         raise SettingsError(f"dtype must be one of {', '.join(DTYPES)}, got {dtype}")
     if weights not in (None, "int8"):
@@ -85,7 +88,7 @@ class LLM:
         model: str,
         drafter: str | KangarooSettings | None = None,
         *,
-        dtype: str = "float32",
+        dtype: str | None = None,
         weights: str | None = None,
         device: str = "cpu",
         max_context: int | None = None,

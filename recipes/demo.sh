@@ -54,7 +54,7 @@ step "adapter: $adapter"
 if [[ ! -e $adapter/report.json ]]; then
     resume=()
     if [[ -e $adapter/checkpoint/state.safetensors ]]; then resume=(--resume); fi
-    kangaroo train adapter --model $model --data $own --exit-layer 2 --output $adapter \
+    kangaroo train adapter --model $model --data $own --exit-layer 1 --output $adapter \
         --steps "${ADAPTER_STEPS:-1200}" --batch-size 4 --sequence-length 512 --learning-rate 1e-2 --dtype bfloat16 \
         ${resume[@]+"${resume[@]}"}
 fi

@@ -369,3 +369,10 @@ def test_stream_overtaken_by_another_request_is_refused_instead_of_mixing_texts(
     with pytest.raises(KangarooError, match="one request at a time"):
         list(stream)
     assert kangaroo.drafter._memory == {}  # type: ignore[attr-defined]
+
+
+def test_dtype_and_weights_exclude_each_other(model: Path) -> None:
+    with pytest.raises(SettingsError, match="dtype or weights, not both: got bfloat16 and int8"):
+        load_model(str(model), dtype="bfloat16", weights="int8")
+    with pytest.raises(SettingsError, match="weights must be int8 or left out, got int4"):
+        load_model(str(model), weights="int4")

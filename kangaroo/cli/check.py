@@ -48,7 +48,7 @@ def check(
     limit: Limit = None,
     temperature: Annotated[float, typer.Option(help="Sampling temperature; 0 is greedy.")] = 0.0,
     seed: Annotated[int, typer.Option(help="Which texts to draw at a temperature above 0.")] = 0,
-    dtype: Annotated[Dtype, DtypeOption] = "float32",
+    dtype: Annotated[Dtype | None, DtypeOption] = None,
     weights: Annotated[Weights | None, WeightsOption] = None,
     device: Annotated[str, typer.Option(help="cpu, cuda, or a numbered device like cuda:0.")] = "cpu",
     json_output: Annotated[bool, JsonOption] = False,

@@ -67,7 +67,7 @@ def demo(
     adapter: Annotated[
         str | None, typer.Option(help="Adapter folder.", show_default="the folder 'adapter' of the model")
     ] = None,
-    dtype: Annotated[Dtype, DtypeOption] = "float32",
+    dtype: Annotated[Dtype | None, DtypeOption] = None,
     weights: Annotated[Weights | None, WeightsOption] = None,
     json_output: Annotated[bool, JsonOption] = False,
 ) -> None:

@@ -94,7 +94,7 @@ def generate(
     system: Annotated[str | None, typer.Option(help="System message before the user's; with --chat only.")] = None,
     temperature: Annotated[float, typer.Option(help="Sampling temperature; 0 is greedy.")] = 0.0,
     seed: Annotated[int, typer.Option(help="Which text to draw at a temperature above 0; greedy has one only.")] = 0,
-    dtype: Annotated[Dtype, DtypeOption] = "float32",
+    dtype: Annotated[Dtype | None, DtypeOption] = None,
     weights: Annotated[Weights | None, WeightsOption] = None,
     device: Annotated[str, typer.Option(help="cpu, cuda, or a numbered device like cuda:0.")] = "cpu",
     json_output: Annotated[bool, JsonOption] = False,

@@ -15,10 +15,10 @@ DrafterName = Literal["plain", "kangaroo"]
 ModelOption = typer.Option(help="Model folder, hub id like org/name, or 'demo' for the bundled model.")
 Weights = Literal["int8"]
 WeightsOption = typer.Option(
-    help="Keep the weights in int8 with a scale per output; the text is then the int8 model's own.",
+    help="Keep the weights in int8 with a scale per output, instead of a --dtype; the text is the int8 model's own.",
     show_default="as --dtype says",
 )
-DtypeOption = typer.Option(help="Storage of the weights.")
+DtypeOption = typer.Option(help="Storage of the weights.", show_default="float32")
 JsonOption = typer.Option("--json", help="Print one JSON object instead, and nothing else on stdout.")
 
 

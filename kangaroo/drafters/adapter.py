@@ -16,7 +16,7 @@ from safetensors import SafetensorError, safe_open
 from safetensors.torch import save_file
 from torch import Tensor
 
-from kangaroo.errors import AdapterError
+from kangaroo.errors import AdapterError, KernelError
 from kangaroo.kernels import reference
 from kangaroo.model.cache import KVCache
 from kangaroo.model.config import ModelConfig
@@ -138,7 +138,12 @@ class Adapter:
         return KVCache(self.model_config, 1, num_slots=num_slots, dtype=target.dtype, device=target.device)
 
     def save(self, folder: Path, *, dtype: torch.dtype = torch.float32) -> None:
-        """Write config.json and adapter.safetensors, weights in dtype, into an existing folder."""
+        """Write config.json and adapter.safetensors, weights in dtype, into an existing folder.
+
+        Raises KernelError for one whose weights are packed.
+        """
+        if self.packed is not None:
+            raise KernelError("packed weights are not saved; save the adapter they were packed from")
         tensors = {name: tensor.detach().to(dtype).cpu().contiguous() for name, tensor in self.tensors.items()}
         save_file(tensors, folder / WEIGHTS_FILE)
         # safetensors writes for the owner alone; a model folder is shared like its config.

@@ -139,6 +139,9 @@ class KangarooDrafter:
         (sequence,) = batch.sequences
         memory = self._memory[sequence]
         pending = memory.pending[0] if len(memory.pending) == 1 else torch.cat(memory.pending)
+        while pending.shape[0] > FEED_ROWS:
+            self._feed(pending[:FEED_ROWS])
+            pending = pending[FEED_ROWS:]
         root = sequence.tokens[-1]
         tokens, confidences, states = cast("PackedTransformer", self._target).draft_chain(
             batch.cache,
@@ -170,14 +173,19 @@ class KangarooDrafter:
 
     def _predict(self, states: Tensor, params: SamplingParams) -> tuple[Tensor, Tensor]:
         """Feed states [R, D] to the adapter; returns the token [1] that follows them and its confidence [1]."""
-        assert self._cache is not None, "draft() before begin()"
         for block in states.split(FEED_ROWS) if states.shape[0] > FEED_ROWS else (states,):
-            start = self._cache.lengths[0]
-            attention = CachedPass(self._cache, [Segment(0, start, block.shape[0])])
-            hidden = self._adapter.run(block, attention=attention)
-            self._cache.truncate(0, start + block.shape[0])
+            hidden, attention = self._feed(block)
         if params.temperature == 0:
             return self._target.guess(hidden[-1:], self._adapter.final_norm)
         logits = self._target.logits(hidden[-1:], self._adapter.final_norm)
         token = choose(logits, attention.positions[-1:], params=[params], num_rows=[1])
         return token, torch.softmax(logits, dim=-1).amax(dim=-1)
+
+    def _feed(self, states: Tensor) -> tuple[Tensor, CachedPass]:
+        """Run the adapter over states [R, D] it has not seen; returns what leaves it, and the pass."""
+        assert self._cache is not None, "draft() before begin()"
+        start, num_rows = self._cache.lengths[0], states.shape[0]
+        attention = CachedPass(self._cache, [Segment(0, start, num_rows)])
+        hidden = self._adapter.run(states, attention=attention)
+        self._cache.truncate(0, start + num_rows)
+        return hidden, attention

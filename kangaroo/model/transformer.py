@@ -12,6 +12,7 @@ from typing import Protocol
 import torch
 from torch import Tensor
 
+from kangaroo.errors import KernelError
 from kangaroo.kernels import reference
 from kangaroo.model.cache import KVCache, causal_mask
 from kangaroo.model.config import ModelConfig, RopeSettings
@@ -129,6 +130,11 @@ class Transformer:
     @property
     def num_layers(self) -> int:
         return len(self.layers)
+
+    def require_reference(self, what: str) -> None:
+        """Raise KernelError where the weights are packed, which cannot do what."""
+        if self.backend != "reference":
+            raise KernelError(f"packed weights only decode; load the model with backend='reference' to {what}")
 
     def new_cache(self, num_sequences: int, num_slots: int) -> KVCache:
         """An empty cache for this model's keys and values."""

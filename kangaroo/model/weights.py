@@ -141,6 +141,7 @@ def read_layers(
 
 def disassemble(model: Transformer) -> dict[str, Tensor]:
     """The model's tensors in a checkpoint's names: assemble() backwards."""
+    model.require_reference("save")
     config = model.config
     shapes = expected_shapes(config)
     tensors = {"model.embed_tokens.weight": model.embedding, "model.norm.weight": model.final_norm - config.norm_offset}

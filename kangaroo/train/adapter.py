@@ -88,14 +88,14 @@ def _train(run: "AdapterRun", output: Path) -> Iterator[Progress]:
 
 
 def check_plan(plan: AdapterPlan, target: Transformer) -> None:
-    """Raise AdapterError or SettingsError where the plan does not suit the target."""
+    """Raise AdapterError, KernelError or SettingsError where the plan does not suit the target."""
     check_exit_layer(plan.exit_layer, target.num_layers)
+    target.require_reference("train")
     if plan.sequence_length > target.config.context_length:
         raise SettingsError(f"sequence_length must be at most {target.config.context_length}, the model's context, "
                             f"got {plan.sequence_length}")  # fmt: skip
-    if plan.precision == "float32" and target.embedding.dtype != torch.float32:
-        raise SettingsError(f"precision float32 needs the target in float32, got {target.embedding.dtype}; "
-                            "load it so or choose bfloat16")  # fmt: skip
+    if plan.precision == "float32" and target.dtype != torch.float32:
+        raise SettingsError(f"precision float32 needs the target in float32, got {target.dtype}; or choose bfloat16")
 
 
 def draft_cost(target: Transformer, adapter: Adapter) -> float:

@@ -18,15 +18,14 @@ from kangaroo.drafters.kangaroo import KangarooDrafter
 from kangaroo.drafters.plain import PlainDrafter
 from kangaroo.drafters.stopping import FixedLength
 from kangaroo.errors import PromptError
+from kangaroo.kernels import cpu
 from kangaroo.llm import LoadedModel
+from kangaroo.model.packed import pack
 from kangaroo.model.tokenizer import Tokenizer
 from kangaroo.model.transformer import Transformer
 from kangaroo.sampling import gumbel_noise
 from kangaroo.types import Draft, SamplingParams
 from tests.tiny import tame_transformer, tiny_tokenizer
-
-cpu = pytest.importorskip("kangaroo.kernels.cpu", exc_type=ImportError)
-pack = pytest.importorskip("kangaroo.model.packed", exc_type=ImportError).pack
 
 PROMPT = (5, 6, 7)
 GREEDY = SamplingParams(max_new_tokens=40)

@@ -12,9 +12,9 @@ import pytest
 import torch
 from torch import Tensor
 
-from .conftest import Run
+from kangaroo.kernels import cpu
 
-cpu = pytest.importorskip("kangaroo.kernels.cpu", exc_type=ImportError)
+from .conftest import Run
 
 ROOT = Path(__file__).parents[2]
 SHORT = ("--max-new-tokens", 16, "--limit", 3)
@@ -38,7 +38,7 @@ def one_ulp(states: Tensor) -> Tensor:
 
 @pytest.fixture(autouse=True)
 def _native(monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.delenv("KANGAROO_KERNELS", raising=False)
+    monkeypatch.setenv("KANGAROO_KERNELS", cpu.instruction_sets()[-1])
 
 
 @pytest.mark.parametrize("flags", [[], ["--weights", "int8"], ["--dtype", "bfloat16", "--temperature", 0.8]])

@@ -19,6 +19,7 @@ from kangaroo.drafters.stopping import ConfidenceThreshold, FixedLength, Stoppin
 from kangaroo.engine import engine as engine_module
 from kangaroo.engine.engine import Decoding, Engine
 from kangaroo.errors import AdapterError, SettingsError
+from kangaroo.model import packed
 from kangaroo.model.cache import CachedPass, KVCache, Segment
 from kangaroo.model.transformer import FullSequencePass, Transformer
 from kangaroo.types import Draft, Outcome, Request, SamplingParams
@@ -373,7 +374,6 @@ class TokenByToken(ConfidenceThreshold):
 @pytest.mark.parametrize("eta", [0.0, 0.4, 1.0])
 @pytest.mark.parametrize("family", FAMILIES)
 def test_chain_drafted_in_one_call_is_the_chain_drafted_token_by_token(family: str, eta: float, storage: str) -> None:
-    packed = pytest.importorskip("kangaroo.model.packed", exc_type=ImportError)
     loose = tame_target(family)
     target, drafts = packed.pack(loose, storage), []
     for stopping in (ConfidenceThreshold(5, eta), TokenByToken(5, eta)):
@@ -402,3 +402,26 @@ def test_chain_drafted_in_one_call_is_the_chain_drafted_token_by_token(family: s
         assert torch.equal(one.parents, other.parents)
         assert torch.equal(one.hidden, other.hidden)
         assert torch.equal(one.confidence, other.confidence)
+
+
+def test_long_prompt_reaches_a_packed_adapter_in_blocks(monkeypatch: pytest.MonkeyPatch) -> None:
+    loose, texts, blocks = tame_target(), [], []
+    target = packed.pack(loose)
+    for rows in (512, 3):
+        monkeypatch.setattr(module, "FEED_ROWS", rows)
+        stopping = FixedLength(4)
+        made = make_drafter(loose, stopping)
+        drafter = KangarooDrafter(target, made._adapter.pack(target), stopping=stopping)
+        fed: list[int] = []
+
+        def counted(states: Tensor, *, fed: list[int] = fed, feed: Any = drafter._feed) -> Any:
+            fed.append(len(states))
+            return feed(states)
+
+        monkeypatch.setattr(drafter, "_feed", counted)
+        recorder = Recorder(drafter, target, SamplingParams(max_new_tokens=16))
+        recorder.finish()
+        texts.append(recorder.decoding.sequence.tokens)
+        blocks.append(fed)
+    assert texts[0] == texts[1]
+    assert blocks == [[], [3, 3]]

@@ -15,17 +15,12 @@ from kangaroo.drafters.kangaroo import KangarooDrafter
 from kangaroo.drafters.plain import PlainDrafter
 from kangaroo.drafters.stopping import ConfidenceThreshold, FixedLength, StoppingPolicy
 from kangaroo.engine.engine import Decoding, Engine
-from kangaroo.kernels import REFERENCE
+from kangaroo.kernels import REFERENCE, cpu
+from kangaroo.model import packed
 from kangaroo.model.transformer import FullSequencePass, Transformer
 from kangaroo.sampling import gumbel_noise
 from kangaroo.types import Draft, Outcome, Request, SamplingParams
 from tests.tiny import tame_transformer
-
-try:
-    from kangaroo.kernels import cpu
-    from kangaroo.model import packed
-except ImportError:  # the native kernels are not built
-    cpu = packed = None  # type: ignore[assignment]
 
 FAMILIES = ["llama", "mistral", "qwen2", "qwen3", "gemma2"]
 EXIT_LAYER = 2
@@ -47,14 +42,11 @@ class Backend:
 
 def native_backends() -> list[Backend]:
     """Every storage on the fastest instruction set, and float32 on the others."""
-    if cpu is None:
-        return []
     *others, fastest = cpu.instruction_sets()
     every = [Backend(fastest, storage) for storage in ("float32", "bfloat16", "float16", "int8")]
     return every + [Backend(name) for name in others]
 
 
-needs_native = pytest.mark.skipif(cpu is None, reason="the native kernels are not built")
 ON_REFERENCE = Backend()
 ON_NATIVE = native_backends()
 
@@ -257,7 +249,6 @@ def test_drafting_emits_the_text_of_plain_decoding(family: str, case: Case, mode
     assert sum(drafted.drafted) > 0
 
 
-@needs_native
 @pytest.mark.parametrize("mode", PARAMS)
 @pytest.mark.parametrize("case", CASES[1:], ids=lambda case: case.name)
 @pytest.mark.parametrize("family", FAMILIES)
@@ -271,7 +262,6 @@ def test_drafting_on_native_kernels_emits_the_very_text_of_plain_decoding(
     assert sum(drafted.drafted) > 0
 
 
-@needs_native
 @pytest.mark.parametrize("mode", PARAMS)
 @pytest.mark.parametrize("case", CASES, ids=lambda case: case.name)
 def test_texts_on_native_kernels_are_the_same_on_every_number_of_threads(case: Case, mode: str) -> None:
@@ -300,10 +290,14 @@ def kinds_of_acceptance(runs: list[Run]) -> set[str]:
 
 
 @pytest.mark.parametrize("mode", PARAMS)
-def test_cases_above_accept_nothing_a_part_and_all_of_a_draft(mode: str) -> None:
+@pytest.mark.parametrize(
+    "backend", [ON_REFERENCE, *ON_NATIVE], ids=lambda backend: f"{backend.kernels}-{backend.storage}"
+)
+def test_cases_above_accept_nothing_a_part_and_all_of_a_draft(backend: Backend, mode: str) -> None:
+    runs = {case.name: [run(family, case, mode, backend) for family in FAMILIES] for case in CASES}
     # A text that repeats one token would prove little.
-    assert all(len(set(run(family, CASES[0], mode).tokens[len(PROMPT) :])) >= 3 for family in FAMILIES)
-    by_name = {case.name: kinds_of_acceptance([run(family, case, mode) for family in FAMILIES]) for case in CASES}
+    assert all(len(set(one.tokens[len(PROMPT) :])) >= 3 for one in runs["plain"])
+    by_name = {name: kinds_of_acceptance(all_runs) for name, all_runs in runs.items()}
     assert by_name["plain"] == set()
     assert by_name["always_right"] == {"all"}
     assert by_name["always_wrong"] == {"none"}

@@ -10,11 +10,9 @@ from hypothesis import example, given, settings
 from hypothesis import strategies as st
 
 from kangaroo.errors import SettingsError
-from kangaroo.kernels import reference
+from kangaroo.kernels import cpu, reference
 from kangaroo.model.config import RopeSettings
 from kangaroo.model.transformer import Rotary
-
-cpu = pytest.importorskip("kangaroo.kernels.cpu", exc_type=ImportError)
 
 STORAGES = ["float32", "bfloat16", "float16", "int8"]
 EPS = torch.finfo(torch.float32).eps
@@ -513,3 +511,18 @@ def test_unknown_instruction_sets_and_thread_counts_are_refused() -> None:
         cpu.select("sse9")
     refused(lambda: cpu.select(cpu.selected(), num_threads=1025), "1024")
     assert (cpu.selected(), cpu.num_threads()) == chosen
+
+
+def test_values_do_not_depend_on_a_threads_floating_point_mode() -> None:
+    # The mode is each thread's own; a pool that took its threads' modes would flush half of these products to zero.
+    weight = cpu.pack(torch.full((64, 16), 1e-30), storage="float32")
+    hidden = torch.full((1, 16), 1e-10)
+    cpu.select(cpu.selected(), num_threads=2)
+    expected = cpu.linear(hidden, weight)
+    assert (expected > 0).all()
+    flushes = torch.set_flush_denormal(True)
+    try:
+        assert torch.equal(cpu.linear(hidden, weight), expected)
+    finally:
+        torch.set_flush_denormal(False)
+    assert flushes or not torch.backends.cpu.get_cpu_capability()

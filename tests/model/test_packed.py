@@ -17,13 +17,15 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 from torch import Tensor
 
+from kangaroo.errors import KernelError
+from kangaroo.kernels import cpu
+from kangaroo.model import packed
 from kangaroo.model.cache import CachedPass, KVCache, Segment
 from kangaroo.model.transformer import Transformer
 from kangaroo.model.weights import assemble, disassemble, load_transformer, save_checkpoint
+from kangaroo.train.adapter import check_plan
+from kangaroo.train.plan import AdapterPlan
 from tests.tiny import tiny_config, tiny_raw_config, tiny_transformer
-
-cpu = pytest.importorskip("kangaroo.kernels.cpu", exc_type=ImportError)
-packed = pytest.importorskip("kangaroo.model.packed", exc_type=ImportError)
 
 FAMILIES = ["llama", "mistral", "qwen2", "qwen3", "gemma2"]
 STORAGES = ["float32", "bfloat16", "float16", "int8"]
@@ -466,3 +468,11 @@ def test_a_forked_process_computes_on_threads_of_its_own() -> None:
 @pytest.mark.skipif("asan" in os.environ.get("LD_PRELOAD", ""), reason="AddressSanitizer reserves terabytes")
 def test_a_pass_too_large_for_memory_fails_alone() -> None:
     run_script(OUT_OF_MEMORY)
+
+
+def test_packed_weights_are_neither_saved_nor_trained() -> None:
+    model = packed.pack(tiny_transformer(tiny_config()))
+    with pytest.raises(KernelError, match="backend='reference' to save"):
+        disassemble(model)
+    with pytest.raises(KernelError, match="backend='reference' to train"):
+        check_plan(AdapterPlan(exit_layer=1), model)

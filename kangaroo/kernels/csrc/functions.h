@@ -8,7 +8,7 @@
 namespace kangaroo {
 namespace KANGAROO_ISA {
 
-// Within 2 ulp; arguments are clamped to where the result is a normal number.
+// Within 2 ulp; arguments are clamped to where the result is a normal number, a NaN to the lower end.
 inline Lanes exponential(const Lanes& value) {
   const Lanes x = minimum(maximum(value, broadcast(-86.5f)), broadcast(88.0f));
   // Adding 1.5 * 2^23 rounds to the nearest integer, which is then in the low bits.

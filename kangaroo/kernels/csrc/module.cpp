@@ -108,6 +108,15 @@ std::shared_ptr<Weight> make_weight(const Matrix& rows, bool paired, std::option
   return weight;
 }
 
+std::shared_ptr<Cache> make_cache(size_t layers, size_t sequences, size_t kv_heads, size_t slots, size_t dim) {
+  size_t numbers = 1;
+  for (size_t factor : {layers, sequences, kv_heads, slots + kLanes, dim + kLanes}) {
+    require(factor > 0 && !__builtin_mul_overflow(numbers, factor, &numbers) && numbers < SIZE_MAX / 8,
+            "a cache must hold something, and fit the address space");
+  }
+  return std::make_shared<Cache>(layers, sequences, kv_heads, slots, dim);
+}
+
 template <class T>
 T* at(uintptr_t address) {
   return reinterpret_cast<T*>(address);
@@ -458,7 +467,7 @@ NB_MODULE(_native, module) {
       .def_prop_ro("num_bytes", [](const Weight& weight) { return weight.panels->num_bytes(); })
       .def("gather", &gather, "rows"_a, "out"_a);
   nb::class_<Cache>(module, "Cache")
-      .def(nb::init<size_t, size_t, size_t, size_t, size_t>(), "num_layers"_a, "num_sequences"_a, "num_kv_heads"_a,
+      .def(nb::new_(&make_cache), "num_layers"_a, "num_sequences"_a, "num_kv_heads"_a,
            "num_slots"_a, "head_dim"_a)
       .def_ro("num_slots", &Cache::num_slots)
       .def("keep", &keep, "sequence"_a, "start"_a, "path"_a);

@@ -95,9 +95,9 @@ struct Row {
   std::vector<int32_t> path;
 };
 
-// Buffers of one pass, every row padded to whole panels. normed [R, D] and scores [kScoreRows, slots] belong to one
-// thread each; the others are shared.
-constexpr size_t kScoreRows = 8;
+// Buffers of one pass, every row padded to whole panels. scores [kScoreRows, slots] belong to one thread each, and so
+// does normed [R, D] up to kOwnRows rows; the others are shared.
+constexpr size_t kScoreRows = 8, kOwnRows = 32;
 
 struct Scratch {
   float *qkv, *attended, *gated, *update;

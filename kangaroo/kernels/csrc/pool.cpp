@@ -1,6 +1,9 @@
 #include "pool.h"
 
 #include <unistd.h>
+#if defined(__x86_64__)
+#include <immintrin.h>
+#endif
 
 #include <chrono>
 
@@ -8,10 +11,33 @@ namespace kangaroo {
 
 namespace {
 
-// How long a thread spins before it sleeps: a barrier's partner is nearly always about to arrive, and the next call
-// nearly always follows soon after the last. Spinning longer would take the core from a partner that waits for it.
+// How long a thread spins before it sleeps. A barrier's partner is nearly always about to arrive, and the next call
+// mostly follows after a little Python; spinning longer would take the core from those who wait for it: a partner, or
+// PyTorch's own threads.
 constexpr int kSpinsPerBarrier = 4000;
-constexpr std::chrono::microseconds kSpinBetweenCalls(400);
+constexpr std::chrono::microseconds kSpinBetweenCalls(100);
+
+// The default floating-point mode, for as long as this lives: rounding to nearest, and denormal numbers kept, whatever
+// the thread had before. The mode is each thread's own, and a value must not depend on the thread that computes it.
+class DefaultMode {
+ public:
+#if defined(__x86_64__)
+  DefaultMode() : before_(_mm_getcsr()) { _mm_setcsr(0x1f80); }
+  ~DefaultMode() { _mm_setcsr(before_); }
+
+ private:
+  unsigned before_;
+#elif defined(__aarch64__)
+  DefaultMode() {
+    asm volatile("mrs %0, fpcr" : "=r"(before_));
+    asm volatile("msr fpcr, %0" ::"r"(uint64_t{0}));
+  }
+  ~DefaultMode() { asm volatile("msr fpcr, %0" ::"r"(before_)); }
+
+ private:
+  uint64_t before_;
+#endif
+};
 
 inline void pause() {
 #if defined(__x86_64__)
@@ -69,6 +95,7 @@ struct Pool::Crew : std::enable_shared_from_this<Pool::Crew> {
   }
 
   void serve(size_t thread) {
+    const DefaultMode mode;
     Team team(thread, num_threads, barrier);
     for (size_t seen = 0;;) {
       wait_for_call(seen);
@@ -134,6 +161,7 @@ void Pool::run(const std::function<void(Team&)>& work) {
     crew->start();
     crew_ = std::move(crew);
   }
+  const DefaultMode mode;
   Team team(0, crew_->num_threads, crew_->barrier);
   crew_->work = &work;
   if (crew_->num_threads > 1) crew_->announce();

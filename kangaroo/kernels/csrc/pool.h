@@ -43,6 +43,7 @@ class Team {
   Barrier& barrier_;
 };
 
+// A child forked between calls starts threads of its own; forking while another thread is inside a call is not supported.
 class Pool {
  public:
   static Pool& instance();

@@ -23,15 +23,21 @@ struct Strides {
   }
 };
 
-// Every thread norms all rows for itself: cheaper than meeting for them.
-const float* norm_rows(const Pass& pass, const Team& team, const float* hidden, const std::vector<float>& weight) {
-  const Strides strides(pass);
-  float* normed = pass.scratch.normed[team.thread];
-  for (size_t row = 0; row < pass.num_rows; ++row) {
-    rms_norm(hidden + row * strides.hidden, weight.data(), pass.shape->norm_eps, strides.hidden,
-             normed + row * strides.normed);
-  }
+// Norm rows into a thread's own buffer, all of them: cheaper than meeting for them. Many rows share one buffer.
+const float* norm_rows(const float* rows, const float* weight, float eps, std::pair<size_t, size_t> shape,
+                       const std::vector<float*>& buffers, Team& team) {
+  const auto [num_rows, size] = shape;
+  const size_t padded = round_up(size);
+  float* normed = buffers[team.thread];
+  const auto [first, last] = num_rows <= kOwnRows ? std::pair<size_t, size_t>{0, num_rows} : team.share(num_rows);
+  for (size_t row = first; row < last; ++row) rms_norm(rows + row * size, weight, eps, size, normed + row * padded);
+  if (num_rows > kOwnRows) team.meet();
   return normed;
+}
+
+const float* norm_rows(const Pass& pass, const float* hidden, const std::vector<float>& weight, Team& team) {
+  return norm_rows(hidden, weight.data(), pass.shape->norm_eps, {pass.num_rows, pass.shape->hidden_size},
+                   pass.scratch.normed, team);
 }
 
 // out [rows, num_outputs] = x times weight, each thread its share of the panels.
@@ -152,7 +158,7 @@ void attend_all(const Pass& pass, size_t layer_id, const Strides& strides, const
 void run_layer(const Pass& pass, size_t layer_id, const float* hidden, Team& team) {
   const Layer& layer = (*pass.layers)[layer_id];
   const Strides strides(pass);
-  const float* normed = norm_rows(pass, team, hidden, layer.input_norm);
+  const float* normed = norm_rows(pass, hidden, layer.input_norm, team);
   project(*layer.qkv, normed, pass.num_rows, strides.normed, pass.scratch.qkv, strides.qkv, team);
   team.meet();
   place_heads(pass, layer_id, strides, team);
@@ -162,7 +168,7 @@ void run_layer(const Pass& pass, size_t layer_id, const float* hidden, Team& tea
   project_and_add(pass, *layer.output, pass.scratch.attended, strides.attended, hidden, layer.post_attention_norm,
                   team);
   if (!layer.gate_up) return;
-  normed = norm_rows(pass, team, pass.out, layer.mlp_norm);
+  normed = norm_rows(pass, pass.out, layer.mlp_norm, team);
   project_and_gate(pass, *layer.gate_up, normed, strides, team);
   team.meet();
   project_and_add(pass, *layer.down, pass.scratch.gated, strides.gated, pass.out, layer.post_mlp_norm, team);
@@ -231,11 +237,7 @@ void run_head(const HeadPass& pass, Team& team) {
   const float* states = pass.hidden;
   size_t stride = size;
   if (pass.norm) {
-    float* normed = pass.normed[team.thread];
-    for (size_t row = 0; row < pass.num_rows; ++row) {
-      rms_norm(states + row * size, pass.norm, pass.norm_eps, size, normed + row * padded);
-    }
-    states = normed;
+    states = norm_rows(states, pass.norm, pass.norm_eps, {pass.num_rows, size}, pass.normed, team);
     stride = padded;
   }
   float* values = pass.best_values[team.thread];

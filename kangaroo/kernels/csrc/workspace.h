@@ -29,7 +29,7 @@ class Workspace {
     const size_t scores = kScoreRows * pass.cache->num_slots;
     pass.scratch = {take(qkv), take(attended), take(gated), take(normed), {}, {}};
     for (size_t thread = 0; thread < num_threads; ++thread) {
-      pass.scratch.normed.push_back(take(normed));
+      pass.scratch.normed.push_back(thread == 0 || rows <= kOwnRows ? take(normed) : pass.scratch.normed[0]);
       pass.scratch.scores.push_back(take(scores));
     }
   }
@@ -39,7 +39,7 @@ class Workspace {
     const size_t scores = pass.confidence ? rows * round_up(pass.head->num_outputs) : 0;
     pass.scores = take(scores);
     for (size_t thread = 0; thread < num_threads; ++thread) {
-      pass.normed.push_back(take(normed));
+      pass.normed.push_back(thread == 0 || rows <= kOwnRows ? take(normed) : pass.normed[0]);
       pass.best_values.push_back(take(rows * kLanes));
       pass.best_ids.push_back(reinterpret_cast<int32_t*>(take(rows * kLanes)));
     }
