@@ -50,9 +50,9 @@ def main() -> None:
     facts = stamp()
     text = "\n\n".join([
         "# Training the demo adapter", stamp_text(facts),
-        f"{shipped['num_parameters']:,} parameters beside the shared head. Metrics are on held-out source files, "
-        "teacher-forced: loss is the soft cross-entropy in nats, top-1 the agreement with the target's choice, "
-        "expected_tokens_per_step is 1 + the sum of CTAR@1..6.",
+        f"{shipped['num_parameters']:,} parameters beside the shared head. Metrics are on texts held out of each run's "
+        "data, teacher-forced (own text is more regular than source files): loss is the soft cross-entropy in nats, "
+        "top-1 the agreement with the target's choice, expected_tokens_per_step is 1 + the sum of CTAR@1..6.",
         "## What moves it", markdown_table(["run", *PLAN, "tokens", "s", *METRICS], rows),
         "## Learning curve of the shipped adapter", curve(shipped),
     ])  # fmt: skip
