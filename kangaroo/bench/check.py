@@ -14,7 +14,7 @@ from itertools import islice, zip_longest
 import torch
 from torch import Tensor
 
-from kangaroo.bench.divergence import Divergence, shared_length
+from kangaroo.bench.divergence import Divergence, near_tie_bound, shared_length
 from kangaroo.bench.prompts import Prompt
 from kangaroo.drafters.base import Batch, Drafter
 from kangaroo.drafters.base import Sequence as Decoded
@@ -248,10 +248,8 @@ def judge(scores: Tensor, candidates: tuple[int | None, int | None], *, position
 
     A near-tie explains it only where both candidates are as close to the best score as the definition asks.
     """
-    best, second = scores.topk(2).values
-    larger = torch.maximum(best.abs(), second.abs())
-    ulp = float(torch.nextafter(larger, torch.full_like(larger, math.inf)) - larger)
-    bound = 8 * ulp * math.sqrt(hidden_size)
+    top = scores.topk(2).values
+    (best, second), bound = top, near_tie_bound(top, hidden_size)
     near_tie = all(one is not None and float(best - scores[one]) < bound for one in candidates)
     return Divergence(position, candidates, float(best - second), near_tie)
 

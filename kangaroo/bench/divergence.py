@@ -38,11 +38,17 @@ def find_divergence(
     with torch.inference_mode():
         states, _ = run_full_pass(target, [*prompt_ids, *first[:position]])
         top = target.logits(states[-1:])[0].topk(2).values
-    larger = top.abs().max()
-    ulp = float(torch.nextafter(larger, torch.full_like(larger, math.inf)) - larger)
     margin = float(top[0] - top[1])
     one, other = (text[position] if position < len(text) else None for text in (first, second))
-    return Divergence(position, (one, other), margin, margin < 8 * ulp * math.sqrt(target.config.hidden_size))
+    return Divergence(position, (one, other), margin,
+                      margin < near_tie_bound(top, target.config.hidden_size))  # fmt: skip
+
+
+def near_tie_bound(best: Tensor, hidden_size: int) -> float:
+    """How far apart the two best scores [2] may be for a near-tie: under 8 ulps of the larger times sqrt(D)."""
+    larger = best.abs().max()
+    ulp = float(torch.nextafter(larger, torch.full_like(larger, math.inf)) - larger)
+    return 8 * ulp * math.sqrt(hidden_size)
 
 
 def shared_length(first: Sequence[int], second: Sequence[int]) -> int:

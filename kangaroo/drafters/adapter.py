@@ -17,7 +17,7 @@ from safetensors.torch import save_file
 from torch import Tensor
 
 from kangaroo.errors import AdapterError, KernelError
-from kangaroo.kernels import reference
+from kangaroo.kernels import REFERENCE, reference
 from kangaroo.model.cache import KVCache
 from kangaroo.model.config import ModelConfig
 from kangaroo.model.transformer import AttentionPass, Rotary, Transformer
@@ -113,7 +113,7 @@ class Adapter:
             placed = tensor.to(target.device, dtype)
             tensors[name] = placed if tensor.ndim == 1 else reference.prepare(placed)
         adapter = cls(config, target.config, tensors=tensors)
-        return adapter if target.backend == "reference" else adapter.pack(target)  # type: ignore[arg-type]
+        return adapter if target.backend == REFERENCE else adapter.pack(target)  # type: ignore[arg-type]
 
     def pack(self, target: "PackedTransformer") -> "Adapter":
         """This adapter on the native kernels, its weights kept as the target's are."""

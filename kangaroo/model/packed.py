@@ -9,7 +9,7 @@ from dataclasses import replace
 import torch
 from torch import Tensor
 
-from kangaroo.kernels import cpu
+from kangaroo.kernels import NATIVE, cpu
 from kangaroo.model.cache import CachedPass, KVCache, Segment
 from kangaroo.model.config import ModelConfig
 from kangaroo.model.transformer import AttentionPass, Layer, Rotary, Transformer
@@ -89,7 +89,7 @@ class PackedTransformer(Transformer):
     Its norms are ordinary tensors; its matrices are shapes without content ("meta" tensors).
     """
 
-    backend = "native"
+    backend = NATIVE
 
     def __init__(self, config: ModelConfig, layers: Iterable[Layer], *, embedding: Tensor, final_norm: Tensor,
                  head: Tensor, storage: str) -> None:  # fmt: skip

@@ -13,7 +13,7 @@ import torch
 from torch import Tensor
 
 from kangaroo.errors import KernelError
-from kangaroo.kernels import reference
+from kangaroo.kernels import REFERENCE, reference
 from kangaroo.model.cache import KVCache, causal_mask
 from kangaroo.model.config import ModelConfig, RopeSettings
 
@@ -106,7 +106,7 @@ def inverse_frequencies(settings: RopeSettings, head_dim: int) -> Tensor:
 class Transformer:
     """A decoder-only model: embedding, layers, final norm and head, with no state between calls."""
 
-    backend = "reference"
+    backend = REFERENCE
 
     def __init__(self, config: ModelConfig, layers: Sequence[Layer], *, embedding: Tensor, final_norm: Tensor,
                  head: Tensor) -> None:  # fmt: skip
@@ -133,7 +133,7 @@ class Transformer:
 
     def require_reference(self, what: str) -> None:
         """Raise KernelError where the weights are packed, which cannot do what."""
-        if self.backend != "reference":
+        if self.backend != REFERENCE:
             raise KernelError(f"packed weights only decode; load the model with backend='reference' to {what}")
 
     def new_cache(self, num_sequences: int, num_slots: int) -> KVCache:

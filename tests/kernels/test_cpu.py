@@ -1,7 +1,6 @@
 """The native kernels: a row's value depends on the row alone, and agrees with the reference."""
 
-from collections.abc import Callable, Iterator
-from contextlib import contextmanager
+from collections.abc import Callable
 from typing import Any
 
 import pytest
@@ -13,28 +12,11 @@ from kangaroo.errors import SettingsError
 from kangaroo.kernels import cpu, reference
 from kangaroo.model.config import RopeSettings
 from kangaroo.model.transformer import Rotary
+from tests.native import every_instruction_set, threads  # noqa: F401
 
 STORAGES = ["float32", "bfloat16", "float16", "int8"]
 EPS = torch.finfo(torch.float32).eps
 SIZES = st.one_of(st.integers(1, 70), st.sampled_from([96, 127, 256]))
-
-
-@pytest.fixture(scope="module", autouse=True, params=cpu.instruction_sets())
-def _instruction_set(request: pytest.FixtureRequest) -> Iterator[None]:
-    before = cpu.selected(), cpu.num_threads()
-    cpu.select(request.param, num_threads=1)
-    yield
-    cpu.select(before[0], num_threads=before[1])
-
-
-@contextmanager
-def threads(count: int) -> Iterator[None]:
-    before = cpu.num_threads()
-    cpu.select(cpu.selected(), num_threads=count)
-    try:
-        yield
-    finally:
-        cpu.select(cpu.selected(), num_threads=before)
 
 
 def noise(*shape: int, seed: int = 0) -> torch.Tensor:

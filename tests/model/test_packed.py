@@ -4,9 +4,8 @@ import functools
 import os
 import subprocess
 import sys
-from collections.abc import Iterator, Sequence
+from collections.abc import Sequence
 from concurrent.futures import ThreadPoolExecutor
-from contextlib import contextmanager
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -25,29 +24,12 @@ from kangaroo.model.transformer import Transformer
 from kangaroo.model.weights import assemble, disassemble, load_transformer, save_checkpoint
 from kangaroo.train.adapter import check_plan
 from kangaroo.train.plan import AdapterPlan
+from tests.native import every_instruction_set, threads  # noqa: F401
 from tests.tiny import tiny_config, tiny_raw_config, tiny_transformer
 
 FAMILIES = ["llama", "mistral", "qwen2", "qwen3", "gemma2"]
 STORAGES = ["float32", "bfloat16", "float16", "int8"]
 CPU = torch.device("cpu")
-
-
-@pytest.fixture(scope="module", autouse=True, params=cpu.instruction_sets())
-def _instruction_set(request: pytest.FixtureRequest) -> Iterator[None]:
-    before = cpu.selected(), cpu.num_threads()
-    cpu.select(request.param, num_threads=1)
-    yield
-    cpu.select(before[0], num_threads=before[1])
-
-
-@contextmanager
-def threads(count: int) -> Iterator[None]:
-    before = cpu.num_threads()
-    cpu.select(cpu.selected(), num_threads=count)
-    try:
-        yield
-    finally:
-        cpu.select(cpu.selected(), num_threads=before)
 
 
 # Models, and what plain decoding makes of a text
@@ -458,12 +440,12 @@ def run_script(script: str) -> None:
     assert done.returncode == 0, done.stderr
 
 
-@pytest.mark.parametrize("_instruction_set", cpu.instruction_sets()[-1:], indirect=True)
+@pytest.mark.parametrize("every_instruction_set", cpu.instruction_sets()[-1:], indirect=True)
 def test_a_forked_process_computes_on_threads_of_its_own() -> None:
     run_script(FORK)
 
 
-@pytest.mark.parametrize("_instruction_set", cpu.instruction_sets()[-1:], indirect=True)
+@pytest.mark.parametrize("every_instruction_set", cpu.instruction_sets()[-1:], indirect=True)
 @pytest.mark.skipif(not Path("/proc/self/statm").exists(), reason="reads the address space's size from /proc")
 @pytest.mark.skipif("asan" in os.environ.get("LD_PRELOAD", ""), reason="AddressSanitizer reserves terabytes")
 def test_a_pass_too_large_for_memory_fails_alone() -> None:
