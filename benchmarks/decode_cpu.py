@@ -25,10 +25,11 @@ from kangaroo.bench.divergence import run_full_pass
 from kangaroo.bench.prompts import Prompt, read_prompts
 from kangaroo.bench.record import markdown_table, stamp, stamp_text, write_result
 from kangaroo.drafters.base import Batch, Sequence
-from kangaroo.drafters.kangaroo import KangarooSettings
+from kangaroo.drafters.settings import KangarooSettings
 from kangaroo.engine.step import prefill
 from kangaroo.errors import KangarooError
-from kangaroo.llm import LLM, LoadedModel, build_drafter, load_model
+from kangaroo.llm import LLM, build_drafter
+from kangaroo.model.checkpoint import LoadedModel, load_model
 from kangaroo.model.weights import STORAGES
 from kangaroo.types import Outcome, Request, SamplingParams
 

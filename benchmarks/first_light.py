@@ -16,9 +16,10 @@ from kangaroo.bench.comparison import compare, interleave
 from kangaroo.bench.contenders import Contender, KangarooContender, TransformersContender
 from kangaroo.bench.prompts import read_prompts
 from kangaroo.bench.record import markdown_table, stamp, stamp_text, write_result
-from kangaroo.drafters.kangaroo import KangarooSettings
-from kangaroo.llm import LLM, LoadedModel, build_drafter, load_model
+from kangaroo.drafters.settings import KangarooSettings
+from kangaroo.llm import LLM, build_drafter
 from kangaroo.model.cache import CachedPass, Segment
+from kangaroo.model.checkpoint import LoadedModel, load_model
 
 ETAS = (0.0, 0.2, 0.4, 0.6, 0.8)
 GAMMAS = (2, 4, 6, 8)

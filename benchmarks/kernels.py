@@ -18,8 +18,8 @@ from kangaroo.bench.record import markdown_table, stamp, stamp_text, write_resul
 from kangaroo.drafters.plain import PlainDrafter
 from kangaroo.engine.engine import Engine
 from kangaroo.kernels import _native, cpu, select_backend
-from kangaroo.llm import load_model
 from kangaroo.model.cache import CachedPass, Segment
+from kangaroo.model.checkpoint import load_model
 from kangaroo.model.config import ModelConfig
 from kangaroo.model.packed import PackedTransformer
 from kangaroo.model.transformer import Layer

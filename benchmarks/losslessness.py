@@ -21,9 +21,10 @@ from kangaroo.bench.losslessness import Problem, list_differing, summarize
 from kangaroo.bench.prompts import Prompt, read_prompts
 from kangaroo.bench.record import markdown_table, stamp, stamp_text, write_result
 from kangaroo.drafters.adapter import Adapter
-from kangaroo.drafters.kangaroo import KangarooSettings
+from kangaroo.drafters.settings import KangarooSettings
 from kangaroo.kernels import REFERENCE
-from kangaroo.llm import LoadedModel, build_drafter, load_model
+from kangaroo.llm import build_drafter
+from kangaroo.model.checkpoint import LoadedModel, load_model
 from kangaroo.types import SamplingParams
 
 DTYPES, WEIGHTS = ("float32", "bfloat16", "float16"), ("int8",)

@@ -3,7 +3,7 @@
 from typing import TYPE_CHECKING, Any
 
 if TYPE_CHECKING:
-    from kangaroo.drafters.kangaroo import KangarooSettings
+    from kangaroo.drafters.settings import KangarooSettings
     from kangaroo.errors import KangarooError
     from kangaroo.llm import LLM
     from kangaroo.types import Completion, SamplingParams, Token
@@ -16,7 +16,7 @@ _HOMES = {
     "LLM": "kangaroo.llm",
     "Completion": "kangaroo.types",
     "KangarooError": "kangaroo.errors",
-    "KangarooSettings": "kangaroo.drafters.kangaroo",
+    "KangarooSettings": "kangaroo.drafters.settings",
     "SamplingParams": "kangaroo.types",
     "Token": "kangaroo.types",
 }

@@ -21,6 +21,10 @@ class PromptError(KangarooError, ValueError):
     """A prompt is empty, too long for the context, or holds unknown token ids."""
 
 
+class QueueFullError(KangarooError):
+    """More requests wait than the engine was told to hold."""
+
+
 class KernelError(KangarooError):
     """The kernels in use cannot do what was asked of them."""
 

@@ -1,18 +1,22 @@
 """What goes in and what comes out: plain frozen records, no behaviour beyond arithmetic on themselves.
 
-Shapes: B sequences, N draft nodes (padded to the longest draft), R packed nodes of all sequences, D hidden
-size, K accepted nodes. Nodes of one sequence stand root first, every parent before its children.
+Shapes: B sequences, N draft nodes (padded to the largest draft), R packed nodes of all sequences, D hidden
+size, K accepted nodes, V vocabulary. Nodes of one sequence stand root first, every parent before its children.
 """
 
 from __future__ import annotations
 
 import math
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field
-from typing import TYPE_CHECKING
+from functools import cached_property
+from numbers import Integral
+from typing import TYPE_CHECKING, Literal
 
 from kangaroo.errors import SettingsError
 
 if TYPE_CHECKING:
+    from numpy import ndarray
     from torch import Tensor
 
 
@@ -20,21 +24,91 @@ if TYPE_CHECKING:
 class SamplingParams:
     """How a request is decoded; temperature 0 is greedy.
 
+    seed None has one drawn; n completions derive theirs from it. top_k 0, top_p 1, min_p 0, repetition_penalty 1 and
+    presence_penalty and frequency_penalty 0 are off. logit_bias maps token ids to what is added to their logits, -inf
+    to forbid one; it is kept as sorted pairs. stop: texts, and stop_token_ids: tokens, that end the text; neither these
+    tokens nor EOS come before min_new_tokens. logprobs: how many of the likeliest tokens are reported beside each
+    chosen one (0: it alone; 20 at most, as with OpenAI and vLLM), by the "raw" or the "processed" logits.
+    acceptance: how drafts are verified.
     Raises SettingsError for values outside their range.
     """
 
     max_new_tokens: int = 128
     temperature: float = 0.0
-    seed: int = 0
+    seed: int | None = None
     ignore_eos: bool = False
+    top_k: int = 0
+    top_p: float = 1.0
+    min_p: float = 0.0
+    repetition_penalty: float = 1.0
+    presence_penalty: float = 0.0
+    frequency_penalty: float = 0.0
+    logit_bias: Mapping[int, float] | tuple[tuple[int, float], ...] = ()
+    n: int = 1
+    stop: str | Sequence[str] = ()
+    stop_token_ids: Sequence[int] = ()
+    min_new_tokens: int = 0
+    logprobs: int | None = None
+    logprobs_of: Literal["raw", "processed"] = "raw"
+    acceptance: Literal["coupling", "rejection", "block"] = "coupling"
 
     def __post_init__(self) -> None:
-        if self.max_new_tokens < 1:
-            raise SettingsError(f"max_new_tokens must be at least 1, got {self.max_new_tokens}")
-        if not (math.isfinite(self.temperature) and self.temperature >= 0):
-            raise SettingsError(f"temperature must be 0 (greedy) or above, got {self.temperature}")
-        if not 0 <= self.seed < 2**63:
-            raise SettingsError(f"seed must be in 0..2**63-1, got {self.seed}")
+        for name in ("max_new_tokens", "seed", "top_k", "n", "min_new_tokens", "logprobs"):
+            value = getattr(self, name)
+            if not isinstance(value, Integral | None):
+                raise SettingsError(f"{name} must be a whole number, got {value!r}")
+        object.__setattr__(self, "logit_bias", tuple(sorted(dict(self.logit_bias).items())))
+        object.__setattr__(self, "stop", (self.stop,) if isinstance(self.stop, str) else tuple(self.stop))
+        object.__setattr__(self, "stop_token_ids", tuple(self.stop_token_ids))
+        for name, (is_allowed, allowed) in self._check().items():
+            if not is_allowed:
+                raise SettingsError(f"{name} must be {allowed}, got {getattr(self, name)!r}")
+
+    def _check(self) -> dict[str, tuple[bool, str]]:
+        """For each setting whether its value is allowed, and which values are."""
+        # The bounds of temperature, repetition_penalty and logit_bias keep every logit finite in float32.
+        biases = dict(self.logit_bias)
+        return {
+            "max_new_tokens": (self.max_new_tokens >= 1, "at least 1"),
+            "temperature": (self.temperature == 0 or 1e-5 <= self.temperature <= 1e5, "0 (greedy) or in [1e-5, 1e5]"),
+            "seed": (self.seed is None or 0 <= self.seed < 2**63, "in 0..2**63-1 or None"),
+            "top_k": (self.top_k >= 0, "at least 1, or 0 (off)"),
+            "top_p": (0 < self.top_p <= 1, "in (0, 1]"),
+            "min_p": (0 <= self.min_p <= 1, "in [0, 1]"),
+            "repetition_penalty": (1e-5 <= self.repetition_penalty <= 1e5, "in [1e-5, 1e5]"),
+            "presence_penalty": (-2 <= self.presence_penalty <= 2, "in [-2, 2]"),
+            "frequency_penalty": (-2 <= self.frequency_penalty <= 2, "in [-2, 2]"),
+            "logit_bias": (
+                all(_is_token(token) and (abs(bias) <= 1e9 or bias == -math.inf) for token, bias in biases.items()),
+                "token ids of 0 or above with biases in [-1e9, 1e9] or -inf",
+            ),
+            "n": (self.n >= 1, "at least 1"),
+            "stop": (all(isinstance(text, str) and text for text in self.stop), "texts that are not empty"),
+            "stop_token_ids": (all(map(_is_token, self.stop_token_ids)), "token ids of 0 or above"),
+            "min_new_tokens": (
+                0 <= self.min_new_tokens <= self.max_new_tokens,
+                f"in 0..max_new_tokens ({self.max_new_tokens})",
+            ),
+            "logprobs": (self.logprobs is None or 0 <= self.logprobs <= 20, "in 0..20 or None"),
+            "logprobs_of": (self.logprobs_of in ("raw", "processed"), "'raw' or 'processed'"),
+            "acceptance": (
+                self.acceptance in ("coupling", "rejection", "block"),
+                "'coupling', 'rejection' or 'block'",
+            ),
+        }
+
+
+def _is_token(token: object) -> bool:
+    return isinstance(token, Integral) and int(token) >= 0
+
+
+@dataclass(frozen=True)
+class TokenLogprobs:
+    """Natural-log probabilities of a chosen token and, best first, of the likeliest tokens at its place."""
+
+    token_id: int
+    logprob: float
+    top: tuple[tuple[int, float], ...]
 
 
 @dataclass(frozen=True)
@@ -45,33 +119,45 @@ class Request:
     params: SamplingParams
     eos_ids: frozenset[int] = frozenset()
 
+    @cached_property
+    def stop_ids(self) -> frozenset[int]:
+        """The tokens that end the text."""
+        own = frozenset(self.params.stop_token_ids)
+        return own if self.params.ignore_eos else own | self.eos_ids
+
 
 @dataclass(frozen=True)
 class Draft:
     """A tree of guesses per sequence; node 0 is the root, the last committed token.
 
-    tokens, parents, depths: [B, N] int64, -1 padded; a root has parent -1 and depth 0. The tree's shape is the
-    host's: parents and depths lie on the CPU, while tokens may still be under way on the device.
+    tokens: [B, N] int64, -1 padded, perhaps still under way on the device. parents: for every sequence the parent of
+    each node, -1 for the root; the trees' shapes are the host's.
     hidden: [R, D], the nodes' states entering layer resume_layer, packed sequence by sequence; None where
     resume_layer is 0. confidence: [B, N] float32, the draft's raw top-1 probability that proposed each node,
     1 for roots; None where the drafter has none.
-    num_nodes: nodes of every sequence, known to the host.
+    proposals: for every sequence, by node, the distribution [V] that its children were drawn from, float64; a node
+    that has none drew its children from no distribution. None where no request asks for it (SamplingParams.acceptance).
     """
 
     tokens: Tensor
-    parents: Tensor
-    depths: Tensor
-    num_nodes: tuple[int, ...]
+    parents: tuple[tuple[int, ...], ...]
     resume_layer: int = 0
     hidden: Tensor | None = None
     confidence: Tensor | None = None
+    proposals: tuple[Mapping[int, ndarray], ...] | None = None
+
+    @cached_property
+    def num_nodes(self) -> tuple[int, ...]:
+        """Nodes of every sequence, the root included."""
+        return tuple(map(len, self.parents))
 
 
 @dataclass(frozen=True)
 class Outcome:
-    """What one verification committed, per sequence.
+    """What one pass committed, per sequence.
 
-    paths: accepted nodes, root first; tokens: the accepted drafts followed by the bonus token.
+    paths: accepted nodes, root first, or the rows of a prefill; tokens: the accepted drafts followed by the bonus
+    token, or none where a prompt has not been read to its end.
     taps: for every tapped layer the states [K, D] that enter it, of each sequence's accepted nodes.
     """
 
@@ -95,6 +181,9 @@ class Completion:
 
     token_ids holds the new tokens, a final EOS included. num_steps counts verification passes, without the
     prefill, which emits the first token. Times are in seconds; rates are None where the time is zero.
+    finish_reason: "stop" (EOS, a stop id or a stop string, before which text ends), "length", "cancelled" or "error",
+    which error then explains. seed: what the text was drawn with. logprobs: of every new token where they were asked
+    for. index: which of a prompt's n completions this is.
     """
 
     text: str
@@ -108,6 +197,10 @@ class Completion:
     num_accepted: int
     drafter: str
     model: str
+    seed: int | None = None
+    index: int = 0
+    logprobs: tuple[TokenLogprobs, ...] | None = None
+    error: str | None = None
     accepted_lengths: tuple[int, ...] = field(default=(), repr=False)
 
     @property

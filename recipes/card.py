@@ -12,7 +12,7 @@ from typing import Any
 from evaluate import measure
 
 from kangaroo.bench.environment import environment
-from kangaroo.llm import load_model
+from kangaroo.model.checkpoint import load_model
 
 NUM_LISTED = 24
 

@@ -16,8 +16,8 @@ import numpy as np
 import torch
 from torch import Tensor
 
-from kangaroo.llm import load_model
 from kangaroo.model.cache import CachedPass, Segment
+from kangaroo.model.checkpoint import load_model
 from kangaroo.model.transformer import Transformer
 
 BOS_ID = 0

@@ -12,7 +12,7 @@ import torch
 
 from kangaroo.bench.divergence import run_full_pass
 from kangaroo.kernels import REFERENCE
-from kangaroo.llm import LoadedModel, load_model
+from kangaroo.model.checkpoint import LoadedModel, load_model
 
 
 def nats_per_byte(model: LoadedModel, texts: list[str], *, num_tokens: int) -> float:

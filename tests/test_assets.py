@@ -7,9 +7,10 @@ import pytest
 from kangaroo import LLM, SamplingParams
 from kangaroo.bench.check import Checker, total
 from kangaroo.bench.prompts import BUILT_IN, read_prompts
-from kangaroo.drafters.kangaroo import KangarooSettings
+from kangaroo.drafters.settings import KangarooSettings
 from kangaroo.kernels import REFERENCE
-from kangaroo.llm import DEMO_FOLDER, LoadedModel, build_drafter, load_model
+from kangaroo.llm import build_drafter
+from kangaroo.model.checkpoint import DEMO_FOLDER, LoadedModel, load_model
 from kangaroo.model.weights import STORAGES
 
 PROMPTS = [

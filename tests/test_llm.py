@@ -10,11 +10,13 @@ import pytest
 import torch
 
 from kangaroo.drafters.adapter import CONFIG_FILE, WEIGHTS_FILE, Adapter
-from kangaroo.drafters.kangaroo import KangarooDrafter, KangarooSettings
+from kangaroo.drafters.kangaroo import KangarooDrafter
 from kangaroo.drafters.plain import PlainDrafter
+from kangaroo.drafters.settings import KangarooSettings
 from kangaroo.errors import AdapterError, CheckpointError, KangarooError, PromptError, SettingsError
-from kangaroo.llm import LLM, load_model
+from kangaroo.llm import LLM
 from kangaroo.model.cache import CachedPass
+from kangaroo.model.checkpoint import load_model
 from kangaroo.model.config import ModelConfig
 from kangaroo.model.weights import save_checkpoint
 from kangaroo.types import Completion, SamplingParams, Token

@@ -27,7 +27,7 @@ def count_forced_steps(
     if end <= 0:
         return 0, 0
     states, tapped = run_full_pass(target, token_ids, taps=(adapter.config.exit_layer,))
-    cache = adapter.new_cache(target, num_slots=len(token_ids))
+    cache = adapter.new_cache(target, num_sequences=1, num_slots=len(token_ids))
     attention = CachedPass(cache, [Segment(0, 0, len(token_ids))])
     drafted = adapter.run(tapped[adapter.config.exit_layer], attention=attention)[num_prompt:]
     guesses, _ = target.guess(drafted, adapter.final_norm)

@@ -20,7 +20,8 @@ from kangaroo.drafters.base import Batch, Drafter
 from kangaroo.drafters.base import Sequence as Decoded
 from kangaroo.drafters.plain import PlainDrafter
 from kangaroo.errors import PromptError
-from kangaroo.llm import LLM, LoadedModel
+from kangaroo.llm import LLM
+from kangaroo.model.checkpoint import LoadedModel
 from kangaroo.model.transformer import Transformer
 from kangaroo.sampling import gumbel_noise
 from kangaroo.types import Completion, Draft, Outcome, SamplingParams
@@ -188,13 +189,18 @@ class _WatchedRun:
 
     def draft(self, batch: Batch) -> Draft:
         draft = self._drafter.draft(batch)
-        self._draft_depth = int(draft.depths.max())
+        depths: list[int] = []
+        for parent in draft.parents[0]:
+            depths.append(0 if parent < 0 else depths[parent] + 1)
+        self._draft_depth = max(depths)
         return draft
 
     def accept(self, sequences: Sequence[Decoded], outcome: Outcome) -> None:
         """Remember the pass that just ended; the first is the prefill, which chooses after its last row alone."""
         path = outcome.paths[0] if self.passes else (0,)
-        self.passes.append(_Pass(self._chosen_from, path, self._draft_depth if self.passes else 0))
+        # A block of a prompt that is not its last chooses nothing.
+        if outcome.tokens[0]:
+            self.passes.append(_Pass(self._chosen_from, path, self._draft_depth if self.passes else 0))
         self._drafter.accept(sequences, outcome)
 
     def end(self, sequences: Sequence[Decoded]) -> None:
@@ -234,8 +240,10 @@ def _compare(
         if position == shared:
             scores = drafted if plain is None else plain
             if params.temperature > 0:
-                place = torch.tensor([texts[0].num_prompt_tokens + position - 1], device=scores.device)
-                scores = scores + params.temperature * gumbel_noise(place, len(scores), seed=params.seed)[0]
+                place = texts[0].num_prompt_tokens + position - 1
+                token_ids = torch.arange(len(scores))
+                noise = gumbel_noise(place, token_ids, seed=params.seed or 0).to(scores.device)
+                scores = scores + params.temperature * noise
             first, other = (text[position] if position < len(text) else None for text in (ours, theirs))
             divergence = judge(
                 scores, (first, other), position=position, hidden_size=runs[0].passes[0].hidden.shape[-1]

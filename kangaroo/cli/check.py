@@ -62,9 +62,10 @@ def check(
 
     from kangaroo.bench.check import Checker, total
     from kangaroo.bench.prompts import BUILT_IN, read_prompts
-    from kangaroo.drafters.kangaroo import KangarooSettings
+    from kangaroo.drafters.settings import KangarooSettings
     from kangaroo.kernels import describe_backend
-    from kangaroo.llm import build_drafter, load_model
+    from kangaroo.llm import build_drafter
+    from kangaroo.model.checkpoint import load_model
 
     params = SamplingParams(max_new_tokens, temperature, seed)
     wanted = read_prompts(prompts or BUILT_IN, limit=limit)

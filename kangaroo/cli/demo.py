@@ -17,7 +17,8 @@ if TYPE_CHECKING:
     from rich.table import Table
 
     from kangaroo.bench.divergence import Divergence
-    from kangaroo.llm import LLM, LoadedModel
+    from kangaroo.llm import LLM
+    from kangaroo.model.checkpoint import LoadedModel
     from kangaroo.types import Completion, Token
 
 demo_app = typer.Typer()
@@ -77,7 +78,7 @@ def demo(
     """
     from rich.console import Console
 
-    from kangaroo.llm import load_model
+    from kangaroo.model.checkpoint import load_model
 
     if not prompt:
         raise PromptError("the prompt is empty; give at least one character")
@@ -99,7 +100,7 @@ def demo(
 
 def _pair(loaded: LoadedModel, *, adapter: str | None) -> tuple[LLM, LLM]:
     """The same loaded model behind both drafters."""
-    from kangaroo.drafters.kangaroo import KangarooSettings
+    from kangaroo.drafters.settings import KangarooSettings
     from kangaroo.llm import LLM, build_drafter
 
     drafters = build_drafter(loaded, "plain"), build_drafter(loaded, KangarooSettings(adapter=adapter))

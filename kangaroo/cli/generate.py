@@ -26,7 +26,7 @@ from kangaroo.errors import PromptError
 from kangaroo.types import SamplingParams
 
 if TYPE_CHECKING:
-    from kangaroo.drafters.kangaroo import KangarooSettings
+    from kangaroo.drafters.settings import KangarooSettings
     from kangaroo.llm import LLM
     from kangaroo.types import Completion
 
@@ -111,10 +111,12 @@ def generate(
     text = _read_prompt(prompt, prompt_file)
     params = SamplingParams(max_new_tokens, temperature, seed, ignore_eos)
 
+    from kangaroo.engine.scheduler import Limits
     from kangaroo.llm import LLM
 
+    limits = Limits(max_context=max_context)
     llm = LLM.from_pretrained(
-        model, _settings(drafter, kangaroo), dtype=dtype, weights=weights, device=device, max_context=max_context
+        model, _settings(drafter, kangaroo), dtype=dtype, weights=weights, device=device, limits=limits
     )
     token_ids = _encode(llm, text, chat=chat, system=system)
     if json_output:
@@ -136,7 +138,7 @@ def _settings(drafter: str | None, kangaroo: Mapping[str, object]) -> str | Kang
     """What LLM.from_pretrained takes as its drafter: a Kangaroo flag asks for Kangaroo."""
     if all(value is None for value in kangaroo.values()):
         return drafter
-    from kangaroo.drafters.kangaroo import KangarooSettings
+    from kangaroo.drafters.settings import KangarooSettings
 
     return KangarooSettings(**kangaroo)  # type: ignore[arg-type]
 

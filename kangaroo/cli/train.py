@@ -57,7 +57,7 @@ def adapter(
     from rich.console import Console
 
     from kangaroo.kernels import REFERENCE
-    from kangaroo.llm import load_model, resolve_device
+    from kangaroo.model.checkpoint import load_model, resolve_device
     from kangaroo.train.adapter import RESULTS, check_plan, train_adapter
     from kangaroo.train.checkpoint import prepare_output
     from kangaroo.train.data import Dataset, read_corpus

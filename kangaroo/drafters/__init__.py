@@ -1,3 +1,4 @@
-"""Everything that guesses, and the rules for when to stop guessing."""
+"""Everything that guesses, and the rules for when to stop guessing.
 
-NAMES = ("plain", "kangaroo")
+A drafter lives in the module of its name, whose build(model, settings) makes it; its settings are in settings.py.
+"""

@@ -131,11 +131,11 @@ class Adapter:
         """The norm [D] between its states and the target's head."""
         return self.tensors["final_norm"]
 
-    def new_cache(self, target: Transformer, *, num_slots: int) -> KVCache:
-        """An empty cache of one sequence for the adapter's own keys and values."""
+    def new_cache(self, target: Transformer, *, num_sequences: int, num_slots: int) -> KVCache:
+        """An empty cache for the adapter's own keys and values."""
         if self.packed is not None:
-            return self.packed.new_cache(1, num_slots)
-        return KVCache(self.model_config, 1, num_slots=num_slots, dtype=target.dtype, device=target.device)
+            return self.packed.new_cache(num_sequences, num_slots)
+        return KVCache(self.model_config, num_sequences, num_slots=num_slots, dtype=target.dtype, device=target.device)
 
     def save(self, folder: Path, *, dtype: torch.dtype = torch.float32) -> None:
         """Write config.json and adapter.safetensors, weights in dtype, into an existing folder.

@@ -1,4 +1,7 @@
-"""What the engine and a drafter share: the batch, and the protocol every drafter follows."""
+"""What the engine and a drafter share: the batch, and the protocol every drafter follows.
+
+Shapes: B sequences, N draft nodes (padded), R packed rows.
+"""
 
 import functools
 from collections.abc import Sequence as SequenceOf
@@ -6,10 +9,17 @@ from dataclasses import dataclass, field
 from typing import Protocol
 
 import torch
+from torch import Tensor
 
 from kangaroo.model.cache import KVCache, Segment
 from kangaroo.model.transformer import Transformer
-from kangaroo.types import Draft, Outcome, Request
+from kangaroo.sampling import Prefix
+from kangaroo.types import Draft, Outcome, Request, TokenLogprobs
+
+# The most nodes of a draft, its root included: caches hold this many slots behind the text.
+MAX_NODES = 64
+# What a node must promise to be worth verifying, until its price has been measured.
+DEFAULT_NODE_PRICE = 0.05
 
 
 @dataclass(eq=False)
@@ -17,34 +27,60 @@ class Sequence:
     """A text being decoded: its committed tokens, whose last is the root of the next draft.
 
     slot is its row in the target's cache, which holds every committed token but the last;
-    max_draft bounds the guesses worth making: what may still be emitted, less the bonus token.
+    max_draft bounds the depth of guesses worth making: at most what may still be emitted, less the bonus token.
+    prefix counts the tokens for the processors of the request.
     """
 
     request: Request
     slot: int
-    tokens: list[int]
+    tokens: list[int] = field(init=False)
+    prefix: Prefix = field(init=False)
     max_draft: int = 0
-    finish_reason: str | None = None
     origins: list[str] = field(default_factory=list)
+    logprobs: list[TokenLogprobs] = field(default_factory=list)
+
+    def __post_init__(self) -> None:
+        self.tokens = list(self.request.prompt_ids)
+        self.prefix = Prefix(self.request.prompt_ids, stop_ids=self.request.stop_ids)
 
     @property
     def num_new_tokens(self) -> int:
-        return len(self.tokens) - len(self.request.prompt_ids)
+        return len(self.origins)
+
+    def append(self, token: int, origin: str) -> None:
+        """Commit a token; origin as in types.Token."""
+        self.tokens.append(token)
+        self.origins.append(origin)
+        self.prefix.append(token)
 
 
 @dataclass(frozen=True)
 class Batch:
-    """The sequences of one step, with the target and the cache that a self-drafting drafter shares."""
+    """The sequences of one step, with the target and the cache that a self-drafting drafter shares.
+
+    node_price: the chance of being accepted at which one more node pays for its verification, as measured.
+    """
 
     target: Transformer
     cache: KVCache
     sequences: SequenceOf[Sequence]
+    node_price: float = DEFAULT_NODE_PRICE
 
-    def segment(self, row: int, *, num_rows: int, offset: int = 0, parents: SequenceOf[int] = ()) -> Segment:
-        """Rows of the row-th sequence, written offset slots after its cached tokens; a chain without parents."""
+    def segment(
+        self, row: int, *, num_rows: int, first_node: int = 0, parents: SequenceOf[int] | None = None
+    ) -> Segment:
+        """Nodes of the row-th sequence behind its cached tokens; a chain without parents."""
         slot = self.sequences[row].slot
-        chain = not parents or list(parents) == list(range(-1, num_rows - 1))
-        return Segment(slot, self.cache.lengths[slot] + offset, num_rows, None if chain else tuple(parents))
+        return place_nodes(self.cache, slot, num_rows=num_rows, first_node=first_node, parents=parents)
+
+
+def place_nodes(
+    cache: KVCache, slot: int, *, num_rows: int, first_node: int = 0, parents: SequenceOf[int] | None = None
+) -> Segment:
+    """Nodes first_node and on behind what a cache holds of a sequence; parents are those of all nodes up to them."""
+    base = cache.lengths[slot]
+    is_chain = parents is None or list(parents) == list(range(-1, len(parents) - 1))
+    return Segment(slot, base, num_rows, None if is_chain else tuple(parents or ()), first_node)
 
 
 class Drafter(Protocol):
@@ -58,11 +94,11 @@ class Drafter(Protocol):
     taps: tuple[int, ...]
 
     def begin(self, sequences: SequenceOf[Sequence], *, num_slots: int) -> None:
-        """Make room for new sequences of at most num_slots tokens."""
+        """Make room for new sequences of at most num_slots tokens, drafts included; each starts empty."""
         ...
 
     def draft(self, batch: Batch) -> Draft:
-        """Guess at most max_draft tokens for every sequence of the batch, after its last committed token."""
+        """Guess for every sequence of the batch, at most max_draft tokens deep, after its last committed token."""
         ...
 
     def accept(self, sequences: SequenceOf[Sequence], outcome: Outcome) -> None:
@@ -74,17 +110,19 @@ class Drafter(Protocol):
         ...
 
 
-def chain_draft(root: torch.Tensor, guesses: SequenceOf[torch.Tensor]) -> Draft:
-    """A draft without branches, equally long for every sequence: roots [B], then guesses [B] per level."""
-    num_sequences, num_nodes = root.shape[0], 1 + len(guesses)
-    parents, depths = chain_shape(num_sequences, num_nodes)
-    tokens = torch.stack([root, *guesses], dim=1) if guesses else root[:, None]
-    return Draft(tokens=tokens, parents=parents, depths=depths, num_nodes=(num_nodes,) * num_sequences)
-
-
 @functools.cache
-def chain_shape(num_sequences: int, num_nodes: int) -> tuple[torch.Tensor, torch.Tensor]:
-    """Parents and depths [B, N] of chains; made once, since every step needs them."""
-    with torch.inference_mode(False):
-        depths = torch.arange(num_nodes).repeat(num_sequences, 1)
-        return depths - 1, depths
+def chain_parents(num_nodes: int) -> tuple[int, ...]:
+    """The parents of a draft without branches."""
+    return tuple(range(-1, num_nodes - 1))
+
+
+def pad(rows: SequenceOf[SequenceOf[int]]) -> Tensor:
+    """Token ids of every sequence's nodes as [B, N] int64, -1 padded."""
+    longest = max(map(len, rows))
+    return torch.tensor([[*row, *[-1] * (longest - len(row))] for row in rows])
+
+
+def draft_roots(batch: Batch) -> Draft:
+    """The draft that guesses nothing."""
+    roots = [[sequence.tokens[-1]] for sequence in batch.sequences]
+    return Draft(torch.tensor(roots, device=batch.target.device), ((-1,),) * len(roots))

@@ -3,25 +3,33 @@
 Double early exit (Liu et al. 2024, arXiv 2404.18911): leave the target at layer e, and stop drafting when the
 confidence falls below eta. The shallow states and their keys and values are the target's own, so that
 verification resumes at layer e.
-Shapes: D hidden size, V vocabulary, R rows of one sequence.
+Shapes: D hidden size, V vocabulary, B sequences, F nodes of one level of their trees, R rows.
 """
 
+from __future__ import annotations
+
 from collections.abc import Sequence as SequenceOf
-from dataclasses import dataclass, replace
+from dataclasses import dataclass, field, replace
+from pathlib import Path
 from typing import TYPE_CHECKING, cast
 
 import torch
+from numpy import ndarray
 from torch import Tensor
 
 from kangaroo.drafters.adapter import Adapter, check_exit_layer
-from kangaroo.drafters.base import Batch, Sequence, chain_draft, chain_shape
+from kangaroo.drafters.base import Batch, Sequence, chain_parents, draft_roots, pad, place_nodes
+from kangaroo.drafters.settings import KangarooSettings
 from kangaroo.drafters.stopping import ConfidenceThreshold, FixedLength, StoppingPolicy
-from kangaroo.model.cache import CachedPass, KVCache, Segment
+from kangaroo.drafters.tree import CHAIN, Branching, Guesses, Tree
+from kangaroo.errors import AdapterError
+from kangaroo.model.cache import CachedPass
 from kangaroo.model.transformer import Transformer
-from kangaroo.sampling import choose
+from kangaroo.sampling import DRAFT_STREAM, choose_children, derive_seed, distribution, needs_logits
 from kangaroo.types import Draft, Outcome, SamplingParams
 
 if TYPE_CHECKING:
+    from kangaroo.model.checkpoint import LoadedModel
     from kangaroo.model.packed import PackedTransformer
 
 DEFAULT_GAMMA = 6
@@ -30,45 +38,71 @@ DEFAULT_ETA = 0.6
 FEED_ROWS = 512
 
 
-@dataclass(frozen=True)
-class KangarooSettings:
-    """How to draft; None takes what the adapter recommends, else the paper's gamma 6 and eta 0.6.
+def build(model: LoadedModel, settings: KangarooSettings) -> KangarooDrafter:
+    """The drafter these settings ask for; eta 0 never stops early.
 
-    adapter: a folder, None for "adapter" beside the model. exit_layer: only a check against the adapter's.
+    Raises AdapterError where the adapter is missing, damaged, or another model's or layer's.
     """
-
-    adapter: str | None = None
-    exit_layer: int | None = None
-    gamma: int | None = None
-    eta: float | None = None
-
-    def stopping(self, adapter: Adapter) -> StoppingPolicy:
-        """The policy these settings and the adapter's recommendation ask for; eta 0 never stops early."""
-        gammas = (self.gamma, adapter.config.gamma, DEFAULT_GAMMA)
-        etas = (self.eta, adapter.config.eta, DEFAULT_ETA)
-        gamma = next(value for value in gammas if value is not None)
-        policy = ConfidenceThreshold(gamma, next(value for value in etas if value is not None))
-        return FixedLength(gamma) if policy.eta == 0 else policy
+    if settings.exit_layer is not None:
+        check_exit_layer(settings.exit_layer, model.target.num_layers)
+    folder = model.adapter_folder if settings.adapter is None else Path(settings.adapter).expanduser()
+    if not folder.is_dir():
+        raise AdapterError(f"no adapter folder {folder}; train one with `kangaroo train adapter` or give its folder")
+    adapter = Adapter.load(folder, model.target)
+    trained_at = adapter.config.exit_layer
+    if settings.exit_layer not in (None, trained_at):
+        raise AdapterError(f"{folder} was trained at exit layer {trained_at}, got exit_layer {settings.exit_layer}; "
+                           "leave it out or train another adapter")  # fmt: skip
+    gammas = (settings.gamma, adapter.config.gamma, DEFAULT_GAMMA)
+    etas = (settings.eta, adapter.config.eta, DEFAULT_ETA)
+    gamma = next(value for value in gammas if value is not None)
+    policy = ConfidenceThreshold(gamma, next(value for value in etas if value is not None))
+    stopping = FixedLength(gamma) if policy.eta == 0 else policy
+    branching = Branching(settings.num_siblings, settings.max_nodes)
+    return KangarooDrafter(model.target, adapter, stopping=stopping, branching=branching)
 
 
 @dataclass
 class _Memory:
     """What is held per sequence between steps.
 
-    pending: [R, D] states of committed tokens that the adapter has not been fed yet;
-    num_speculative: the adapter's newest cached rows, those of the last draft's nodes, root first.
+    params: how guesses are drawn. pending: states [R, D] of committed tokens that the adapter has not been fed yet.
+    fed: the nodes of the last draft that it has; num_drafted: how deep that draft was.
     """
 
-    pending: list[Tensor]
-    num_speculative: int = 0
+    params: SamplingParams
+    pending: list[Tensor] = field(default_factory=list)
+    fed: set[int] = field(default_factory=set)
+    num_drafted: int = 0
+
+    @property
+    def is_coupled(self) -> bool:
+        """Whether guesses share the target's noise, and need not tell what they were drawn from."""
+        return self.params.acceptance == "coupling" or self.params.temperature == 0
+
+
+@dataclass
+class _Growth:
+    """A sequence's tree under way: its row in the batch, its newest level, and the states [F, D] of every level."""
+
+    row: int
+    sequence: Sequence
+    memory: _Memory
+    tree: Tree
+    max_depth: int
+    level: range = range(1)
+    states: list[Tensor] = field(default_factory=list)
+    proposals: dict[int, ndarray] = field(default_factory=dict)
 
 
 class KangarooDrafter:
-    """Drafts with layers [0, e) of the target and an adapter; batch size 1."""
+    """Drafts with layers [0, e) of the target and an adapter."""
 
     name = "kangaroo"
 
-    def __init__(self, target: Transformer, adapter: Adapter, *, stopping: StoppingPolicy) -> None:
+    def __init__(
+        self, target: Transformer, adapter: Adapter, *, stopping: StoppingPolicy, branching: Branching = CHAIN
+    ) -> None:
         """Raises AdapterError where the adapter's exit layer is not in 1..L-1 of target."""
         self.exit_layer = adapter.config.exit_layer
         check_exit_layer(self.exit_layer, target.num_layers)
@@ -76,116 +110,204 @@ class KangarooDrafter:
         self._target = target
         self._adapter = adapter
         self._stopping = stopping
-        self._cache: KVCache | None = None
+        self._branching = branching
+        self._cache = adapter.new_cache(target, num_sequences=1, num_slots=1)
         self._memory: dict[Sequence, _Memory] = {}
 
     def begin(self, sequences: SequenceOf[Sequence], *, num_slots: int) -> None:
         """Make room in the adapter's own cache."""
-        if self._cache is None or self._cache.num_slots < num_slots:
-            self._cache = None  # freed before the larger one is allocated
-            self._cache = self._adapter.new_cache(self._target, num_slots=num_slots)
-        self._cache.truncate(0, 0)
+        self._cache.reserve(1 + max(sequence.slot for sequence in sequences), num_slots)
         for sequence in sequences:
-            self._memory[sequence] = _Memory(pending=[])
+            self._cache.truncate(sequence.slot, 0)
+            self._memory[sequence] = _Memory(replace(sequence.request.params, logprobs=None))
 
     def draft(self, batch: Batch) -> Draft:
-        """Feed the adapter what it has not seen, then draft token by token until the stopping rule says so."""
-        (sequence,) = batch.sequences
-        gamma = min(self._stopping.max_length, sequence.max_draft)
-        greedy = sequence.request.params.temperature == 0
-        if self._adapter.packed is not None and greedy and gamma > 0 and self._stopping.threshold is not None:
-            return self._draft_in_one_call(batch, gamma, threshold=self._stopping.threshold)
-        memory = self._memory[sequence]
+        """Feed the adapter what it has not seen, then draft level by level until the stopping rule says so."""
+        growths = [self._plant(row, sequence) for row, sequence in enumerate(batch.sequences)]
+        growing = [growth for growth in growths if growth.max_depth > 0]
+        if not growing:
+            return draft_roots(batch)
+        is_chain = self._branching.num_siblings == 1
+        is_greedy = is_chain and not any(needs_logits(growth.memory.params) for growth in growing)
+        if len(growths) == 1 and is_greedy and self._adapter.packed is not None:
+            return self._draft_in_one_call(batch, growing[0])
         # Filled on the device: a copy from the host would wait for it.
-        root = torch.full((1,), sequence.tokens[-1], device=self._target.device)
-        guesses: list[Tensor] = []
-        confidences: list[Tensor] = []
-        states = [self._run_shallow(batch, root, offset=0)]
-        fresh = torch.cat([*memory.pending, states[0]])
-        while len(guesses) < gamma:
-            token, confidence = self._predict(fresh, sequence.request.params)
-            fresh = self._run_shallow(batch, token, offset=len(states))
-            guesses.append(token)
-            states.append(fresh)
-            confidences.append(confidence)
-            if self._stopping.reads_confidence and self._stopping.stops(confidence)[0]:
-                break
-        if guesses:
-            memory.pending = []
-        memory.num_speculative = len(guesses)
-        confidence = torch.stack([torch.ones(1, device=root.device), *confidences], dim=1)
-        draft = chain_draft(root, guesses)
-        return replace(draft, resume_layer=self.exit_layer, hidden=torch.cat(states), confidence=confidence)
+        device = self._target.device
+        roots = [torch.full((1,), growth.tree.tokens[0], device=device) for growth in growths]
+        levels = [(growths, torch.cat(roots))]
+        self._run_shallow(batch, *levels[0])
+        hidden = self._catch_up(growing)
+        is_blind = is_greedy and self._stopping.threshold == 0 and device.type != "cpu"
+        while growing:
+            tokens = self._grow(growing, hidden, price=batch.node_price, is_greedy=is_greedy, is_blind=is_blind)
+            growing = [growth for growth in growing if growth.level]
+            if growing:
+                levels.append((growing, tokens))
+                self._run_shallow(batch, growing, tokens)
+            growing = [growth for growth in growing if growth.tree.frontier]
+            if growing:
+                hidden = self._feed(growing)
+        for growth in growths:
+            growth.memory.num_drafted = len(growth.states) - 1
+        return self._assemble(growths, levels if is_blind else None)
 
     def accept(self, sequences: SequenceOf[Sequence], outcome: Outcome) -> None:
         """Keep the adapter's rows of accepted nodes; the states of the others wait for the next draft."""
-        assert self._cache is not None, "accept() before begin()"
         for sequence, path, taps in zip(sequences, outcome.paths, outcome.taps, strict=True):
             memory = self._memory[sequence]
-            num_kept = min(len(path), memory.num_speculative)
-            self._cache.truncate(0, self._cache.lengths[0] - memory.num_speculative + num_kept)
-            memory.num_speculative = 0
+            num_kept = 0
+            while num_kept < len(path) and path[num_kept] in memory.fed:
+                num_kept += 1
+            self._cache.keep(sequence.slot, list(path[:num_kept]))
             memory.pending.append(taps[self.exit_layer][num_kept:])
+            if memory.num_drafted:
+                self._stopping.observe(memory.num_drafted, len(path) - 1)
+            memory.fed, memory.num_drafted = set(), 0
 
     def end(self, sequences: SequenceOf[Sequence]) -> None:
         """Forget these sequences."""
         for sequence in sequences:
             self._memory.pop(sequence, None)
 
-    def _draft_in_one_call(self, batch: Batch, gamma: int, *, threshold: float) -> Draft:
-        """The same chain on packed weights, without returning to Python between tokens."""
-        assert self._cache is not None, "draft() before begin()"
-        assert self._adapter.packed is not None, "packed weights only"
-        (sequence,) = batch.sequences
+    def _plant(self, row: int, sequence: Sequence) -> _Growth:
         memory = self._memory[sequence]
+        if not memory.is_coupled:
+            # A rule that rejects by chance needs guesses drawn anew in every step, with noise of their own.
+            seed = derive_seed(derive_seed(sequence.request.params.seed or 0, DRAFT_STREAM), len(sequence.tokens))
+            memory.params = replace(memory.params, seed=seed)
+        max_depth = min(self._stopping.max_length, sequence.max_draft, self._branching.max_nodes - 1)
+        return _Growth(row, sequence, memory, Tree(sequence.tokens[-1]), max_depth)
+
+    def _run_shallow(self, batch: Batch, growths: SequenceOf[_Growth], tokens: Tensor) -> None:
+        """Layers [0, e) over the newest level of every tree, tokens [F], on the target's own cache."""
+        segments = [
+            batch.segment(one.row, num_rows=len(one.level), first_node=one.level.start, parents=one.tree.parents)
+            for one in growths
+        ]
+        attention = CachedPass(batch.cache, segments)
+        hidden, _ = self._target.forward(self._target.embed(tokens), (0, self.exit_layer), attention=attention)
+        for growth, states in zip(growths, hidden.split([len(one.level) for one in growths]), strict=True):
+            growth.states.append(states)
+
+    def _catch_up(self, growths: SequenceOf[_Growth]) -> Tensor:
+        """Feed the adapter the pending states and the root's; returns what leaves it for the roots, [B, D]."""
+        segments, fresh = [], []
+        for growth in growths:
+            rows = torch.cat([self._shorten(growth), growth.states[0]])
+            segments.append(place_nodes(self._cache, growth.sequence.slot, num_rows=len(rows)))
+            fresh.append(rows)
+            growth.memory.pending, growth.memory.fed = [], {0}
+        hidden = self._adapter.run(torch.cat(fresh), attention=CachedPass(self._cache, segments))
+        for segment in segments:
+            self._cache.truncate(segment.sequence, segment.stop - 1)
+        return torch.cat([rows[-1:] for rows in hidden.split([len(rows) for rows in fresh])])
+
+    def _shorten(self, growth: _Growth) -> Tensor:
+        """Feed the adapter pending states until at most a block is left; returns those."""
+        memory, slot = growth.memory, growth.sequence.slot
         pending = memory.pending[0] if len(memory.pending) == 1 else torch.cat(memory.pending)
-        while pending.shape[0] > FEED_ROWS:
-            self._feed(pending[:FEED_ROWS])
+        while len(pending) > FEED_ROWS:
+            block = place_nodes(self._cache, slot, num_rows=FEED_ROWS)
+            self._adapter.run(pending[:FEED_ROWS], attention=CachedPass(self._cache, [block]))
+            self._cache.truncate(slot, block.stop)
             pending = pending[FEED_ROWS:]
-        root = sequence.tokens[-1]
+        return pending
+
+    def _feed(self, growths: SequenceOf[_Growth]) -> Tensor:
+        """Feed the adapter every frontier; returns what leaves it, [F, D]."""
+        segments, fresh = [], []
+        for growth in growths:
+            frontier, parents = growth.tree.frontier, growth.tree.parents
+            segments.append(
+                place_nodes(self._cache, growth.sequence.slot, num_rows=len(frontier), first_node=frontier.start,
+                            parents=parents[: frontier.stop])
+            )  # fmt: skip
+            fresh.append(growth.states[-1][: len(frontier)])
+            growth.memory.fed.update(frontier)
+        return self._adapter.run(torch.cat(fresh), attention=CachedPass(self._cache, segments))
+
+    def _grow(self, growths: SequenceOf[_Growth], hidden: Tensor, *, price: float, is_greedy: bool,
+              is_blind: bool) -> Tensor:  # fmt: skip
+        """Add a level to every tree, from the states [F, D] that left the adapter; returns its tokens."""
+        if is_greedy:
+            ids, confidence = self._target.guess(hidden, self._adapter.final_norm)
+            # Blind, the host goes on without knowing what was guessed.
+            known = ([-1] * len(ids), [1.0] * len(ids)) if is_blind else (ids.tolist(), confidence.tolist())
+            guesses = [Guesses([token], [chance], chance) for token, chance in zip(*known, strict=True)]
+        else:
+            guesses = self._draw(growths, self._target.logits(hidden, self._adapter.final_norm))
+        first, tokens = 0, []
+        for growth in growths:
+            tree, count = growth.tree, len(growth.tree.frontier)
+            growth.level = tree.grow(
+                guesses[first : first + count],
+                self._branching if growth.memory.is_coupled else CHAIN,
+                threshold=self._stopping.threshold,
+                price=price,
+                is_last=len(growth.states) >= growth.max_depth,
+            )
+            first += count
+            tokens += [tree.tokens[node] for node in growth.level]
+        return ids if is_blind else torch.tensor(tokens, device=hidden.device)
+
+    def _draw(self, growths: SequenceOf[_Growth], logits: Tensor) -> list[Guesses]:
+        """What may follow the frontiers' nodes, by the logits [F, V] behind them."""
+        probabilities = torch.softmax(logits, dim=-1).cpu().numpy()
+        guesses: list[Guesses] = []
+        for growth in growths:
+            memory, prefix = growth.memory, growth.sequence.prefix
+            num_children = self._branching.num_siblings if memory.is_coupled else 1
+            for node in growth.tree.frontier:
+                row, drafted = len(guesses), growth.tree.drafted(node)
+                tokens = choose_children(logits[row], memory.params, prefix=prefix, drafted=drafted,
+                                         num_children=num_children)  # fmt: skip
+                if not memory.is_coupled:
+                    growth.proposals[node] = distribution(logits[row], memory.params, prefix=prefix, drafted=drafted)
+                chances = probabilities[row]
+                guesses.append(Guesses(tokens, chances[tokens].tolist(), float(chances.max())))
+        return guesses
+
+    def _assemble(self, growths: SequenceOf[_Growth], blind_levels: list[tuple[list[_Growth], Tensor]] | None) -> Draft:
+        """The trees as one draft; blind_levels holds the tokens where the host does not know them."""
+        trees = [growth.tree for growth in growths]
+        if blind_levels is None:
+            tokens = pad([tree.tokens for tree in trees]).to(self._target.device)
+        else:
+            tokens = torch.full((len(trees), len(blind_levels)), -1, device=self._target.device)
+            for depth, (rows, level) in enumerate(blind_levels):
+                tokens[[one.row for one in rows] if len(rows) < len(trees) else slice(None), depth] = level
+        longest = tokens.shape[1]
+        confidence = [tree.confidences + [-1.0] * (longest - len(tree.confidences)) for tree in trees]
+        has_proposals = any(growth.proposals for growth in growths)
+        return Draft(
+            tokens=tokens,
+            parents=tuple(tuple(tree.parents) for tree in trees),
+            resume_layer=self.exit_layer,
+            hidden=torch.cat([states for growth in growths for states in growth.states]),
+            confidence=torch.tensor(confidence),
+            proposals=tuple(growth.proposals for growth in growths) if has_proposals else None,
+        )
+
+    def _draft_in_one_call(self, batch: Batch, growth: _Growth) -> Draft:
+        """A greedy chain on packed weights, without returning to Python between tokens."""
+        assert self._adapter.packed is not None, "packed weights only"
+        memory, slot = growth.memory, growth.sequence.slot
+        pending, root = self._shorten(growth), growth.tree.tokens[0]
         tokens, confidences, states = cast("PackedTransformer", self._target).draft_chain(
             batch.cache,
-            sequence.slot,
+            slot,
             adapter=(self._adapter.packed, self._cache),
             norm=self._adapter.final_norm,
-            plan=(self.exit_layer, root, gamma, threshold),
+            plan=(self.exit_layer, root, growth.max_depth, self._stopping.threshold),
             pending=pending,
         )
+        self._cache.truncate(slot, self._cache.lengths[slot] + pending.shape[0])
         # The last guess is not fed to the adapter.
-        self._cache.truncate(0, self._cache.lengths[0] + pending.shape[0] + len(tokens))
-        memory.pending, memory.num_speculative = [], len(tokens)
-        parents, depths = chain_shape(1, 1 + len(tokens))
+        memory.pending, memory.fed, memory.num_drafted = [], set(range(len(tokens))), len(tokens)
         return Draft(
             tokens=torch.tensor([[root, *tokens]]),
-            parents=parents,
-            depths=depths,
-            num_nodes=(1 + len(tokens),),
+            parents=(chain_parents(1 + len(tokens)),),
             resume_layer=self.exit_layer,
             hidden=states,
             confidence=torch.tensor([[1.0, *confidences]]),
         )
-
-    def _run_shallow(self, batch: Batch, token: Tensor, *, offset: int) -> Tensor:
-        """Layers [0, e) over token [1], offset slots after the cached ones, on the target's own cache; [1, D]."""
-        attention = CachedPass(batch.cache, [batch.segment(0, offset=offset, num_rows=1)])
-        hidden, _ = self._target.forward(self._target.embed(token), (0, self.exit_layer), attention=attention)
-        return hidden
-
-    def _predict(self, states: Tensor, params: SamplingParams) -> tuple[Tensor, Tensor]:
-        """Feed states [R, D] to the adapter; returns the token [1] that follows them and its confidence [1]."""
-        for block in states.split(FEED_ROWS) if states.shape[0] > FEED_ROWS else (states,):
-            hidden, attention = self._feed(block)
-        if params.temperature == 0:
-            return self._target.guess(hidden[-1:], self._adapter.final_norm)
-        logits = self._target.logits(hidden[-1:], self._adapter.final_norm)
-        token = choose(logits, attention.positions[-1:], params=[params], num_rows=[1])
-        return token, torch.softmax(logits, dim=-1).amax(dim=-1)
-
-    def _feed(self, states: Tensor) -> tuple[Tensor, CachedPass]:
-        """Run the adapter over states [R, D] it has not seen; returns what leaves it, and the pass."""
-        assert self._cache is not None, "draft() before begin()"
-        start, num_rows = self._cache.lengths[0], states.shape[0]
-        attention = CachedPass(self._cache, [Segment(0, start, num_rows)])
-        hidden = self._adapter.run(states, attention=attention)
-        self._cache.truncate(0, start + num_rows)
-        return hidden, attention

@@ -1,15 +1,20 @@
 """Plain decoding: the drafter that drafts nothing."""
 
+from __future__ import annotations
+
 from collections.abc import Sequence as SequenceOf
 
-import torch
-
-from kangaroo.drafters.base import Batch, Sequence, chain_draft
+from kangaroo.drafters.base import Batch, Sequence, draft_roots
 from kangaroo.types import Draft, Outcome
 
 
+def build(model: object, settings: object) -> PlainDrafter:
+    """The drafter, which needs neither."""
+    return PlainDrafter()
+
+
 class PlainDrafter:
-    """Proposes only the root, so that every step emits the target's one token."""
+    """Proposes only the roots, so that every step emits the target's one token."""
 
     name = "plain"
     taps: tuple[int, ...] = ()
@@ -19,8 +24,7 @@ class PlainDrafter:
 
     def draft(self, batch: Batch) -> Draft:
         """The roots alone."""
-        roots = [sequence.tokens[-1] for sequence in batch.sequences]
-        return chain_draft(torch.tensor(roots, device=batch.target.device), [])
+        return draft_roots(batch)
 
     def accept(self, sequences: SequenceOf[Sequence], outcome: Outcome) -> None:
         """Nothing to learn."""

@@ -1,35 +1,26 @@
-"""When to stop drafting and verify.
-
-Shapes: B sequences.
-"""
+"""When to stop drafting and verify."""
 
 from dataclasses import dataclass
 from typing import Protocol
-
-from torch import Tensor
 
 from kangaroo.errors import SettingsError
 
 
 class StoppingPolicy(Protocol):
-    """Decides after each drafted token whether another one is worth drafting.
+    """How far to draft: at most max_length (gamma) tokens deep, and not behind one of less confidence than threshold.
 
-    max_length is the maximum draft length gamma; a policy that ignores confidence never makes the host wait.
+    The token of low confidence is itself still verified. At threshold 0 no confidence is looked at, and the host
+    never waits for one.
     """
 
     @property
     def max_length(self) -> int: ...
 
     @property
-    def reads_confidence(self) -> bool: ...
+    def threshold(self) -> float: ...
 
-    @property
-    def threshold(self) -> float | None:
-        """Where drafting ends behind a confidence below one fixed number: that number; else None."""
-        ...
-
-    def stops(self, confidence: Tensor) -> list[bool]:
-        """Whether drafting ends behind a token of this confidence [B], the raw top-1 probability."""
+    def observe(self, num_drafted: int, num_accepted: int) -> None:
+        """Learn how much of a draft was accepted."""
         ...
 
 
@@ -38,15 +29,13 @@ class FixedLength:
     """Always draft max_length (gamma) tokens."""
 
     max_length: int
-    reads_confidence = False
     threshold = 0.0
 
     def __post_init__(self) -> None:
         _check_length(self.max_length)
 
-    def stops(self, confidence: Tensor) -> list[bool]:
-        """Never."""
-        return [False] * len(confidence)
+    def observe(self, num_drafted: int, num_accepted: int) -> None:
+        """Nothing to learn."""
 
 
 @dataclass(frozen=True)
@@ -55,7 +44,6 @@ class ConfidenceThreshold:
 
     max_length: int
     eta: float
-    reads_confidence = True
 
     def __post_init__(self) -> None:
         _check_length(self.max_length)
@@ -67,9 +55,8 @@ class ConfidenceThreshold:
         """eta."""
         return self.eta
 
-    def stops(self, confidence: Tensor) -> list[bool]:
-        """Where confidence [B] < eta; the one read of the device per drafted token."""
-        return [value < self.eta for value in confidence.tolist()]
+    def observe(self, num_drafted: int, num_accepted: int) -> None:
+        """Nothing to learn."""
 
 
 def _check_length(gamma: int) -> None:

@@ -1,101 +1,155 @@
-"""Runs requests from prompt to finish: prefill, steps, stop rules, counts and times."""
+"""Runs requests from prompt to finish: admission, prompts in blocks, steps, stop rules, counts and times."""
 
 import time
+from collections.abc import Sequence as SequenceOf
 from contextlib import nullcontext
-from dataclasses import dataclass, field
+from dataclasses import replace
 
 import torch
 
-from kangaroo.drafters.base import Batch, Drafter, Sequence
-from kangaroo.engine.step import decode_step, prefill
-from kangaroo.errors import KangarooError, PromptError
+from kangaroo.drafters.base import MAX_NODES, Batch, Drafter, Sequence
+from kangaroo.engine.decoding import Decoding, Text
+from kangaroo.engine.pace import Pace
+from kangaroo.engine.scheduler import Limits, Scheduler
+from kangaroo.engine.step import prefill, verify_draft
+from kangaroo.errors import PromptError, SettingsError
 from kangaroo.kernels import REFERENCE
-from kangaroo.model.cache import KVCache
 from kangaroo.model.transformer import Transformer
-from kangaroo.types import Draft, Outcome, Request
+from kangaroo.sampling import draw_seed
+from kangaroo.types import Outcome, Request
 
 # Caches grow in blocks, so that requests of similar length share one allocation.
 SLOT_BLOCK = 256
 
 
-@dataclass(eq=False)
-class Decoding:
-    """A request under way: what it has emitted so far, and what that took.
-
-    num_steps counts verification passes, without the prefill. accepted_lengths holds the tokens each emitted.
-    """
-
-    sequence: Sequence
-    prefill_time_s: float = 0.0
-    decode_time_s: float = 0.0
-    num_steps: int = 0
-    num_drafted: int = 0
-    num_accepted: int = 0
-    accepted_lengths: list[int] = field(default_factory=list)
-
-    @property
-    def new_tokens(self) -> list[int]:
-        return self.sequence.tokens[len(self.sequence.request.prompt_ids) :]
-
-
 class Engine:
-    """Decodes requests, one at a time, with one target and one drafter."""
+    """Decodes requests together with one target and one drafter; they join and leave between steps."""
 
-    def __init__(self, target: Transformer, drafter: Drafter, *, max_context: int | None = None) -> None:
-        """max_context: tokens a text may hold, prompt included; the model's context length unless smaller."""
+    def __init__(
+        self, target: Transformer, drafter: Drafter, *, limits: Limits | None = None, pace: Pace | None = None
+    ) -> None:
+        """pace: how deep to draft under the load there is; without one as deep as the drafter will.
+
+        Raises SettingsError where limits.max_context is beyond the model's context.
+        """
         self.target = target
         self.drafter = drafter
-        self.context_length = min(target.config.context_length, max_context or target.config.context_length)
-        self._cache: KVCache | None = None
-        self._running: Decoding | None = None
+        limits = limits or Limits()
+        longest = target.config.context_length
+        if limits.max_context is not None and limits.max_context > longest:
+            raise SettingsError(f"max_context must be in 2..{longest} (the model's context), got {limits.max_context}")
+        self.context_length = limits.max_context or longest
+        self.scheduler = Scheduler(limits)
+        self.pace = pace
+        self._cache = target.new_cache(1, SLOT_BLOCK)
         # The native kernels record nothing for gradients, and entering the mode takes part of every step.
         self._mode = torch.inference_mode() if target.backend == REFERENCE else nullcontext()
 
-    def begin(self, request: Request) -> Decoding:
-        """Prefill a prompt and emit its first token; a request still under way is given up.
+    def submit(self, request: Request, text: Text | None = None) -> Decoding:
+        """Take a request, to be decoded by the steps that follow; a seed is drawn for one that has none.
 
-        Raises PromptError where the prompt is empty, leaves no room in the context, or holds unknown ids.
+        text: follows the tokens; stop strings need one. Raises PromptError where the prompt is empty, leaves no room
+        in the context, or holds unknown ids, SettingsError for a token id of its params that is unknown, and
+        QueueFullError.
         """
         self._check(request)
-        prompt = list(request.prompt_ids)
+        if request.params.seed is None:
+            request = replace(request, params=replace(request.params, seed=draw_seed()))
         # The last token of a text is never run, so a full context still admits one more.
-        num_slots = min(len(prompt) + request.params.max_new_tokens, self.context_length)
-        if self._running is not None:
-            self.end(self._running)
-        cache = self._cache_for(num_slots)
-        decoding = self._running = Decoding(Sequence(request, slot=0, tokens=prompt))
-        started_s = self._now_s()
-        with self._mode:
-            self.drafter.begin([decoding.sequence], num_slots=cache.num_slots)
-            outcome = prefill(Batch(self.target, cache, [decoding.sequence]), self.drafter)
-        self._emit(decoding, outcome)
-        decoding.prefill_time_s = self._now_s() - started_s
+        wanted = len(request.prompt_ids) + request.params.max_new_tokens
+        decoding = Decoding(request, text, max_tokens=min(wanted, self.context_length))
+        self.scheduler.enqueue(decoding)
         return decoding
 
-    def step(self, decoding: Decoding) -> int:
-        """Advance by one draft and its verification; returns how many tokens were emitted.
+    def step(self) -> list[Decoding]:
+        """Admit who waits, read a block of prompts, and decode one step of those whose prompts are read.
 
-        Raises KangarooError where another request has begun since: the cache is no longer this one's.
+        Returns the requests that emitted tokens or ended.
         """
-        if decoding is not self._running:
-            raise KangarooError("one request at a time: another began before this one ended; finish or close it first")
-        sequence = decoding.sequence
-        assert self._cache is not None, "step() before begin()"
-        assert sequence.finish_reason is None, "step() on a finished request"
         started_s = self._now_s()
-        sequence.max_draft = self._room(sequence) - 1
         with self._mode:
-            draft, outcome = decode_step(Batch(self.target, self._cache, [sequence]), self.drafter)
-        num_emitted = self._emit(decoding, outcome)
-        decoding.decode_time_s += self._now_s() - started_s
-        self._count(decoding, draft, num_emitted=num_emitted)
-        return num_emitted
+            self._admit()
+            decoding = [one for one in self.scheduler.running if not one.is_reading]
+            changed = self._read(started_s)
+            if decoding:
+                self._decode(decoding)
+                elapsed_s = self._now_s() - started_s
+                for one in decoding:
+                    one.decode_time_s += elapsed_s
+                changed += decoding
+        for one in changed:
+            if one.finish_reason is not None:
+                self._release(one)
+        return changed
 
-    def end(self, decoding: Decoding) -> None:
-        """Free what the drafter holds for a request, finished or not; ending one twice does nothing."""
-        if decoding is self._running:
-            self._running = None
+    def run(self, decoding: Decoding) -> None:
+        """Step until this request ends; others go on beside it."""
+        while decoding.finish_reason is None:
+            self.step()
+
+    def cancel(self, decoding: Decoding) -> None:
+        """End a request before the next step and free its slot; one that has ended is left as it is."""
+        if decoding.finish_reason is None:
+            decoding.finish("cancelled")
+            self._release(decoding)
+
+    def _admit(self) -> None:
+        admitted = self.scheduler.admit()
+        if not admitted:
+            return
+        num_slots = max(one.max_tokens for one in admitted) + MAX_NODES
+        num_slots = max(-(-num_slots // SLOT_BLOCK) * SLOT_BLOCK, self._cache.num_slots)
+        sequences = [_sequence(one) for one in admitted]
+        self._cache.reserve(1 + max(one.slot for one in sequences), num_slots)
+        for sequence in sequences:
+            self._cache.truncate(sequence.slot, 0)
+        self.drafter.begin(sequences, num_slots=num_slots)
+
+    def _read(self, started_s: float) -> list[Decoding]:
+        """Read the next block of prompts; returns those that emitted their first token."""
+        plan = self.scheduler.plan_reading()
+        if not plan:
+            return []
+        batch = Batch(self.target, self._cache, [_sequence(one) for one, _ in plan])
+        outcome = prefill(batch, self.drafter, num_rows=[count for _, count in plan])
+        for (decoding, count), tokens in zip(plan, outcome.tokens, strict=True):
+            decoding.num_unread -= count
+            decoding.emit(tokens)
+        elapsed_s = self._now_s() - started_s
+        for decoding, _ in plan:
+            decoding.prefill_time_s += elapsed_s
+        return [decoding for decoding, _ in plan if not decoding.is_reading]
+
+    def _decode(self, decoding: SequenceOf[Decoding]) -> None:
+        started_s = self._now_s()
+        sequences, pace = [_sequence(one) for one in decoding], self.pace
+        limit = MAX_NODES if pace is None else pace.limit(len(sequences))
+        for one, sequence in zip(decoding, sequences, strict=True):
+            sequence.max_draft = min(one.room - 1, limit)
+        batch = Batch(self.target, self._cache, sequences)
+        if pace is not None:
+            batch = replace(batch, node_price=pace.node_price)
+        draft = self.drafter.draft(batch)
+        drafted_s = self._now_s()
+        step = verify_draft(batch, self.drafter, draft)
+        self._emit(decoding, step.outcome, num_nodes=draft.num_nodes, errors=step.errors)
+        if pace is not None:
+            verify_time_s = self._now_s() - drafted_s
+            pace.observe(draft, step.outcome, draft_time_s=drafted_s - started_s, verify_time_s=verify_time_s)
+
+    def _emit(self, decoding: SequenceOf[Decoding], outcome: Outcome, *, num_nodes: SequenceOf[int],
+              errors: dict[Sequence, Exception]) -> None:  # fmt: skip
+        for one, tokens, count in zip(decoding, outcome.tokens, num_nodes, strict=True):
+            one.error = errors.get(_sequence(one))
+            if one.error is not None:
+                one.finish("error")
+            else:
+                one.count(count - 1, one.emit(tokens))
+
+    def _release(self, decoding: Decoding) -> None:
+        if decoding.sequence is not None:
             self.drafter.end([decoding.sequence])
+        self.scheduler.release(decoding)
 
     def _check(self, request: Request) -> None:
         num_tokens, vocab_size = len(request.prompt_ids), self.target.config.vocab_size
@@ -107,44 +161,19 @@ class Engine:
         unknown = next((token for token in request.prompt_ids if not 0 <= token < vocab_size), None)
         if unknown is not None:
             raise PromptError(f"token ids must be in 0..{vocab_size - 1}, got {unknown}")
-
-    def _cache_for(self, num_slots: int) -> KVCache:
-        if self._cache is None or self._cache.num_slots < num_slots:
-            self._cache = None  # freed before the larger one is allocated
-            self._cache = self.target.new_cache(1, -(-num_slots // SLOT_BLOCK) * SLOT_BLOCK)
-        self._cache.truncate(0, 0)
-        return self._cache
-
-    def _room(self, sequence: Sequence) -> int:
-        """How many tokens may still be emitted."""
-        wanted = sequence.request.params.max_new_tokens - sequence.num_new_tokens
-        return min(wanted, self.context_length - len(sequence.tokens))
-
-    def _emit(self, decoding: Decoding, outcome: Outcome) -> int:
-        """Append the committed tokens up to the first stop; returns how many."""
-        sequence = decoding.sequence
-        request, (committed,) = sequence.request, outcome.tokens
-        stops = frozenset() if request.params.ignore_eos else request.eos_ids
-        for index, token in enumerate(committed):
-            sequence.tokens.append(token)
-            sequence.origins.append("bonus" if index == len(committed) - 1 else "draft")
-            if token in stops:
-                sequence.finish_reason = "stop"
-            elif self._room(sequence) == 0:
-                sequence.finish_reason = "length"
-            if sequence.finish_reason:
-                return index + 1
-        return len(committed)
-
-    def _count(self, decoding: Decoding, draft: Draft, *, num_emitted: int) -> None:
-        decoding.num_steps += 1
-        decoding.num_drafted += draft.num_nodes[0] - 1
-        origins = decoding.sequence.origins[-num_emitted:]
-        decoding.num_accepted += sum(origin == "draft" for origin in origins)
-        decoding.accepted_lengths.append(num_emitted)
+        named = [*dict(request.params.logit_bias), *request.params.stop_token_ids]
+        unknown = next((token for token in named if not 0 <= token < vocab_size), None)
+        if unknown is not None:
+            raise SettingsError(f"token ids of logit_bias and stop_token_ids must be in 0..{vocab_size - 1}, "
+                                f"got {unknown}")  # fmt: skip
 
     def _now_s(self) -> float:
         """The clock, once the device has caught up."""
         if self.target.device.type == "cuda":
             torch.cuda.synchronize(self.target.device)
         return time.perf_counter()
+
+
+def _sequence(decoding: Decoding) -> Sequence:
+    assert decoding.sequence is not None, "running requests have slots"
+    return decoding.sequence

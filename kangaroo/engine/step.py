@@ -1,10 +1,11 @@
-"""The loop of every method: draft, verify in one pass, choose, walk, keep.
+"""The loop of every method: draft, verify in one pass, choose along the walk, keep.
 
 Shapes: B sequences, N draft nodes (padded), R packed nodes of all sequences, D hidden size, V vocabulary.
 """
 
+from collections.abc import Callable
 from collections.abc import Sequence as SequenceOf
-from dataclasses import replace
+from typing import NamedTuple
 
 import torch
 from torch import Tensor
@@ -12,56 +13,157 @@ from torch import Tensor
 from kangaroo.drafters.base import Batch, Drafter, Sequence
 from kangaroo.model.cache import CachedPass
 from kangaroo.model.transformer import Transformer
-from kangaroo.sampling import choose
+from kangaroo.sampling import choose, distribution, logprobs_of, needs_logits
 from kangaroo.types import Draft, Outcome
-from kangaroo.verify import walk
+from kangaroo.verify import Uniforms, reject, verify_block, walk
 
-PREFILL_ROWS = 512
+# A rule of acceptance at work: the accepted path of one sequence's draft, and what the target emits behind its nodes.
+Verdict = tuple[list[int], list[int]]
 
 
-def prefill(batch: Batch, drafter: Drafter) -> Outcome:
-    """Run the prompts through the target, commit them, and pick the first new token of each.
+class Step(NamedTuple):
+    """What a step did; errors holds what went wrong with single sequences, which emit nothing."""
 
-    Prompts are run in blocks of PREFILL_ROWS, so that attention masks stay small whatever their length.
+    draft: Draft
+    outcome: Outcome
+    errors: dict[Sequence, Exception]
+
+
+def prefill(batch: Batch, drafter: Drafter, *, num_rows: SequenceOf[int]) -> Outcome:
+    """Run the next num_rows tokens of every sequence's prompt through the target in one pass and commit them.
+
+    A sequence whose prompt is read to its end emits its first token.
     """
     target, cache = batch.target, batch.cache
-    picked, tapped = [], []
-    for row, sequence in enumerate(batch.sequences):
-        blocks: list[dict[int, Tensor]] = []
-        for tokens in torch.tensor(sequence.tokens, device=target.device).split(PREFILL_ROWS):
-            attention = CachedPass(cache, [batch.segment(row, num_rows=len(tokens))])
-            span = (0, target.num_layers)
-            hidden, taps = target.forward(target.embed(tokens), span, attention=attention, taps=drafter.taps)
-            blocks.append(taps)
-            cache.truncate(sequence.slot, cache.lengths[sequence.slot] + len(tokens))
-        last = _choose(hidden[-1:], attention, target=target, sequences=[sequence], num_rows=[1])
-        picked.append((int(last),))
-        tapped.append({layer: torch.cat([block[layer] for block in blocks]) for layer in drafter.taps})
-    paths = tuple(tuple(range(len(sequence.tokens))) for sequence in batch.sequences)
-    outcome = Outcome(paths=paths, tokens=tuple(picked), taps=tuple(tapped))
+    segments = [batch.segment(row, num_rows=count) for row, count in enumerate(num_rows)]
+    tokens = [
+        token
+        for sequence, segment in zip(batch.sequences, segments, strict=True)
+        for token in sequence.tokens[segment.base : segment.stop]
+    ]
+    attention, span = CachedPass(cache, segments), (0, target.num_layers)
+    entering = target.embed(torch.tensor(tokens, device=target.device))
+    hidden, taps = target.forward(entering, span, attention=attention, taps=drafter.taps)
+    for segment in segments:
+        cache.truncate(segment.sequence, segment.stop)
+    ends = [segment.stop == len(one.tokens) for one, segment in zip(batch.sequences, segments, strict=True)]
+    blocks = hidden.split(list(num_rows))
+    emitted: list[tuple[int, ...]] = [()] * len(segments)
+    done = [row for row, end in enumerate(ends) if end]
+    if done:
+        finished = [batch.sequences[row] for row in done]
+        choices = _Choices(target, torch.cat([blocks[row][-1:] for row in done]), finished, num_nodes=[1] * len(done))
+        for index, row in enumerate(done):
+            emitted[row] = (choices.pick(index)(0, ()),)
+    split = {layer: states.split(list(num_rows)) for layer, states in taps.items()}
+    outcome = Outcome(
+        paths=tuple(tuple(range(count)) for count in num_rows),
+        tokens=tuple(emitted),
+        taps=tuple({layer: states[row] for layer, states in split.items()} for row in range(len(segments))),
+    )
     drafter.accept(batch.sequences, outcome)
     return outcome
 
 
-def decode_step(batch: Batch, drafter: Drafter) -> tuple[Draft, Outcome]:
+def decode_step(batch: Batch, drafter: Drafter) -> Step:
     """Draft for every sequence, verify all nodes in one pass, and commit the accepted branches."""
+    return verify_draft(batch, drafter, drafter.draft(batch))
+
+
+def verify_draft(batch: Batch, drafter: Drafter, draft: Draft) -> Step:
+    """Verify a draft's nodes in one pass, and commit the accepted branches."""
     target = batch.target
-    draft = drafter.draft(batch)
-    for sequence, num_nodes in zip(batch.sequences, draft.num_nodes, strict=True):
-        assert 1 <= num_nodes <= 1 + sequence.max_draft, f"{drafter.name} drafted {num_nodes - 1} tokens"
-    segments = [
-        batch.segment(row, num_rows=count, parents=parents[:count])
-        for row, (count, parents) in enumerate(zip(draft.num_nodes, draft.parents.tolist(), strict=True))
-    ]
+    segments = [batch.segment(row, num_rows=len(parents), parents=parents) for row, parents in enumerate(draft.parents)]
     attention = CachedPass(batch.cache, segments)
     entering = target.embed(_pack(draft)) if draft.hidden is None else draft.hidden
     span = (draft.resume_layer, target.num_layers)
     hidden, taps = target.forward(entering, span, attention=attention, taps=drafter.taps)
-    choices = _choose(hidden, attention, target=target, sequences=batch.sequences, num_rows=draft.num_nodes)
-    draft, choices = _read(draft, choices)
-    outcome = _commit(batch, draft, paths=walk(draft, choices), choices=choices, taps=taps)
+    choices = _Choices(target, hidden, batch.sequences, num_nodes=draft.num_nodes)
+    all_tokens = draft.tokens.tolist()
+    paths, emitted, tapped, errors, first_row = [], [], [], {}, 0
+    for row, sequence in enumerate(batch.sequences):
+        try:
+            path, picked = _verify(draft, row, tokens=all_tokens[row], choices=choices, sequence=sequence)
+        except Exception as error:  # whatever one request's settings bring about must not touch the others
+            path, picked, errors[sequence] = [0], [], error
+        batch.cache.keep(sequence.slot, path)
+        rows = _select(path, first_row)
+        paths.append(tuple(path))
+        emitted.append(tuple(picked))
+        tapped.append({layer: states[rows] for layer, states in taps.items()})
+        first_row += draft.num_nodes[row]
+    outcome = Outcome(paths=tuple(paths), tokens=tuple(emitted), taps=tuple(tapped))
     drafter.accept(batch.sequences, outcome)
-    return draft, outcome
+    return Step(draft, outcome, errors)
+
+
+class _Choices:
+    """What the target says behind the nodes [R, D] of a pass, worked out only where it is asked.
+
+    Where every request takes the plain argmax, one fused call answers for all nodes.
+    """
+
+    def __init__(
+        self, target: Transformer, hidden: Tensor, sequences: SequenceOf[Sequence], *, num_nodes: SequenceOf[int]
+    ) -> None:
+        self._sequences = sequences
+        self._first_rows = [sum(num_nodes[:row]) for row in range(len(num_nodes))]
+        self._ids: list[int] | None = None
+        self._logits: Tensor | None = None
+        if any(needs_logits(sequence.request.params) for sequence in sequences):
+            self._logits = target.logits(hidden)
+        else:
+            self._ids = target.argmax(hidden).tolist()
+
+    def pick(self, index: int) -> Callable[[int, SequenceOf[int]], int]:
+        """The target's choice behind a node of the index-th sequence, given the drafted tokens on the way to it."""
+        first = self._first_rows[index]
+        if self._ids is not None:
+            ids = self._ids
+            return lambda node, drafted: ids[first + node]
+        sequence = self._sequences[index]
+
+        def pick(node: int, drafted: SequenceOf[int]) -> int:
+            token = choose(self.logits(index, node), sequence.request.params, prefix=sequence.prefix, drafted=drafted)
+            self.record(index, node, token, drafted)
+            return token
+
+        return pick
+
+    def logits(self, index: int, node: int) -> Tensor:
+        """The logits [V] behind a node."""
+        assert self._logits is not None, "only the argmax was computed"
+        return self._logits[self._first_rows[index] + node]
+
+    def record(self, index: int, node: int, token: int, drafted: SequenceOf[int]) -> None:
+        """Keep the token's log-probability with its sequence if the request asks for it."""
+        sequence = self._sequences[index]
+        params = sequence.request.params
+        if params.logprobs is not None:
+            logits = self.logits(index, node)
+            sequence.logprobs.append(logprobs_of(logits, token, params, prefix=sequence.prefix, drafted=drafted))
+
+
+def _verify(draft: Draft, row: int, *, tokens: list[int], choices: _Choices, sequence: Sequence) -> Verdict:
+    """One sequence's draft under the rule of acceptance its request asks for."""
+    params, parents = sequence.request.params, draft.parents[row]
+    tokens = tokens[: len(parents)]
+    if params.acceptance == "coupling" or params.temperature == 0:
+        return walk(tokens, parents, pick=choices.pick(row))
+    rule = reject if params.acceptance == "rejection" else verify_block
+    proposals = {} if draft.proposals is None else draft.proposals[row]
+    prefix = sequence.prefix
+    assert params.seed is not None, "the engine draws a seed for every request"
+    path, picked = rule(
+        tokens,
+        parents,
+        target=lambda node, drafted: distribution(choices.logits(row, node), params, prefix=prefix, drafted=drafted),
+        proposal=[proposals.get(node) for node in range(len(parents))],
+        noise=Uniforms(params.seed, prefix.num_tokens - 1),
+    )
+    for depth, (node, token) in enumerate(zip(path, picked, strict=True)):
+        choices.record(row, node, token, picked[:depth])
+    return path, picked
 
 
 def _pack(draft: Draft) -> Tensor:
@@ -69,47 +171,6 @@ def _pack(draft: Draft) -> Tensor:
     if min(draft.num_nodes) == draft.tokens.shape[1]:
         return draft.tokens.flatten()
     return torch.cat([row[:count] for row, count in zip(draft.tokens, draft.num_nodes, strict=True)])
-
-
-def _read(draft: Draft, choices: Tensor) -> tuple[Draft, Tensor]:
-    """The draft and the choices [R], padded to [B, N], on the host: the one read of the device in a step.
-
-    The draft may still be under way there until now.
-    """
-    if min(draft.num_nodes) == draft.tokens.shape[1]:
-        padded = choices.view(draft.tokens.shape)
-    else:
-        rows = list(choices.split(draft.num_nodes))
-        padded = torch.nn.utils.rnn.pad_sequence(rows, batch_first=True, padding_value=-1)
-    if choices.is_cpu:
-        return draft, padded
-    tokens, padded = torch.stack([draft.tokens, padded]).cpu()
-    return replace(draft, tokens=tokens), padded
-
-
-def _choose(hidden: Tensor, attention: CachedPass, *, target: Transformer, sequences: SequenceOf[Sequence],
-            num_rows: SequenceOf[int]) -> Tensor:  # fmt: skip
-    """The target's picks [R] after the states [R, D] of the pass's last rows."""
-    params = [sequence.request.params for sequence in sequences]
-    if all(one.temperature == 0 for one in params):
-        return target.argmax(hidden)
-    return choose(target.logits(hidden), attention.positions[-len(hidden) :], params=params, num_rows=num_rows)
-
-
-def _commit(batch: Batch, draft: Draft, *, paths: Tensor, choices: Tensor, taps: dict[int, Tensor]) -> Outcome:
-    """Keep the accepted branch of every sequence in the cache and gather what it emits and what was tapped."""
-    kept, emitted, tapped, first_row = [], [], [], 0
-    rows = zip(batch.sequences, paths.tolist(), choices.tolist(), draft.num_nodes, strict=True)
-    for sequence, padded, picks, num_nodes in rows:
-        path = [node for node in padded if node >= 0]
-        batch.cache.keep(sequence.slot, path)
-        # Every accepted node's token is its parent's pick, and the last pick is the bonus token.
-        emitted.append(tuple(picks[node] for node in path))
-        rows_kept = _select(path, first_row)
-        tapped.append({layer: states[rows_kept] for layer, states in taps.items()})
-        kept.append(tuple(path))
-        first_row += num_nodes
-    return Outcome(paths=tuple(kept), tokens=tuple(emitted), taps=tuple(tapped))
 
 
 def _select(path: list[int], first_row: int) -> slice | Tensor:

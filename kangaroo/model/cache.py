@@ -33,6 +33,14 @@ class KVCache:
         self.keys = [torch.zeros(shape, dtype=dtype, device=device) for _ in layers]
         self.values = [torch.zeros(shape, dtype=dtype, device=device) for _ in layers]
 
+    def reserve(self, num_sequences: int, num_slots: int) -> None:
+        """Make room for at least so many sequences of so many slots, keeping what is committed."""
+        if num_sequences <= len(self.lengths) and num_slots <= self.num_slots:
+            return
+        lengths = self.lengths + [0] * (num_sequences - len(self.lengths))
+        self._grow(len(lengths), max(num_slots, self.num_slots))
+        self.lengths = lengths
+
     def truncate(self, sequence: int, num_tokens: int) -> None:
         """Forget everything of a sequence beyond its first num_tokens."""
         assert 0 <= num_tokens <= self.num_slots, (num_tokens, self.num_slots)
@@ -47,6 +55,14 @@ class KVCache:
             self.compact(sequence, path)
         self.truncate(sequence, self.lengths[sequence] + len(path))
 
+    def _grow(self, num_sequences: int, num_slots: int) -> None:
+        held, self.num_slots = len(self.lengths), num_slots
+        for stored in (self.keys, self.values):
+            for layer_id, old in enumerate(stored):
+                new = old.new_zeros(num_sequences, old.shape[1], num_slots, old.shape[3])
+                new[:held, :, : old.shape[2]] = old
+                stored[layer_id] = new
+
     def compact(self, sequence: int, path: list[int]) -> None:
         """Move the rows path behind the committed slots, in order."""
         start = self.lengths[sequence]
@@ -57,20 +73,27 @@ class KVCache:
 
 @dataclass(frozen=True)
 class Segment:
-    """The rows of one sequence in a packed pass: they are written at consecutive slots from start.
+    """Consecutive rows of one sequence in a packed pass: nodes first_node and on of its draft, or plain tokens.
 
-    parents gives each row's parent row, -1 for a row that follows slot start - 1; None stands for a chain.
+    Node n is written at slot base + n; the slots below base hold committed tokens. parents gives the parent of every
+    node up to the last row's, -1 for one that follows the committed tokens; None stands for a chain.
     """
 
     sequence: int
-    start: int
+    base: int
     num_rows: int
     parents: tuple[int, ...] | None = None
+    first_node: int = 0
+
+    @property
+    def stop(self) -> int:
+        """The slot behind the last row's."""
+        return self.base + self.first_node + self.num_rows
 
     def depths(self) -> list[int]:
-        """Distance of every row from the slot before start, minus one; a chain counts 0, 1, 2, ..."""
+        """Distance of every node up to the last row's from the committed tokens, minus one; a chain's are 0, 1, 2."""
         if self.parents is None:
-            return list(range(self.num_rows))
+            return list(range(self.first_node + self.num_rows))
         depths: list[int] = []
         for parent in self.parents:
             depths.append(0 if parent < 0 else depths[parent] + 1)
@@ -79,28 +102,28 @@ class Segment:
     def positions(self, device: torch.device) -> Tensor:
         """[R] int64: every row's position; a chain's are made on the device, without waiting for it."""
         if self.parents is None:
-            return torch.arange(self.start, self.start + self.num_rows, device=device)
-        return torch.tensor([self.start + depth for depth in self.depths()], device=device)
+            return torch.arange(self.base + self.first_node, self.stop, device=device)
+        return torch.tensor([self.base + depth for depth in self.depths()[self.first_node :]], device=device)
 
     def visibility(self) -> Tensor:
-        """[R, R] bool: which rows of the segment each row descends from, itself included."""
-        if self.parents is None:
-            return torch.ones(self.num_rows, self.num_rows, dtype=torch.bool).tril()
-        sees = torch.eye(self.num_rows, dtype=torch.bool)
-        for row, parent in enumerate(self.parents):
+        """[R, first_node + R] bool: which nodes each row descends from, itself included."""
+        num_nodes = self.first_node + self.num_rows
+        sees = torch.eye(num_nodes, dtype=torch.bool)
+        parents = range(-1, num_nodes - 1) if self.parents is None else self.parents
+        for node, parent in enumerate(parents):
             if parent >= 0:
-                sees[row] |= sees[parent]
-        return sees
+                sees[node] |= sees[parent]
+        return sees[self.first_node :]
 
 
 class CachedPass:
     """Attention of packed rows over a cache: writes each row's key and value, reads what the row may see."""
 
     def __init__(self, cache: KVCache, segments: list[Segment]) -> None:
-        """Every segment must fit: start + num_rows <= cache.num_slots."""
+        """Every segment must fit: segment.stop <= cache.num_slots."""
         self.cache = cache
         self.segments = segments
-        self.num_positions = max(segment.start + segment.num_rows for segment in segments)
+        self.num_positions = max(segment.stop for segment in segments)
 
     @cached_property
     def positions(self) -> Tensor:
@@ -133,11 +156,11 @@ class CachedPass:
     def _attend_segment(self, layer_id: int, segment: Segment, *, query: Tensor, key: Tensor, value: Tensor,
                         masks: dict[int | None, Tensor | None]) -> Tensor:  # fmt: skip
         config = self.cache.config
-        stop = segment.start + segment.num_rows
+        start, stop = segment.base + segment.first_node, segment.stop
         keys = self.cache.keys[layer_id][segment.sequence]
         values = self.cache.values[layer_id][segment.sequence]
-        keys[:, segment.start : stop] = key.transpose(0, 1)
-        values[:, segment.start : stop] = value.transpose(0, 1)
+        keys[:, start:stop] = key.transpose(0, 1)
+        values[:, start:stop] = value.transpose(0, 1)
         out = reference.attention(
             query.transpose(0, 1)[None],
             key=keys[None, :, :stop],
@@ -151,13 +174,18 @@ class CachedPass:
 
 def _mask(segment: Segment, positions: Tensor, *, window: int | None) -> Tensor | None:
     """Additive mask [R, S] of a segment, or None where every row sees every slot."""
-    stop = segment.start + segment.num_rows
-    if segment.num_rows == 1 and (window is None or stop <= window):
+    device, stop = positions.device, segment.stop
+    is_chain = segment.parents is None
+    if is_chain and segment.num_rows == 1 and (window is None or stop <= window):
         return None
-    slot_positions = torch.cat([torch.arange(segment.start, device=positions.device), positions])
+    if is_chain:
+        slot_positions = torch.arange(stop, device=device)
+    else:
+        nodes = torch.tensor([segment.base + depth for depth in segment.depths()], device=device)
+        slot_positions = torch.cat([torch.arange(segment.base, device=device), nodes])
     mask = causal_mask(positions[:, None] - slot_positions, window=window)
-    if segment.parents is not None:
-        mask[:, segment.start :].masked_fill_(~segment.visibility().to(positions.device), float("-inf"))
+    if not is_chain:
+        mask[:, segment.base :].masked_fill_(~segment.visibility().to(device), float("-inf"))
     return mask
 
 

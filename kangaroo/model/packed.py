@@ -28,6 +28,13 @@ class PackedCache(KVCache):
         self.lengths = [0] * num_sequences
         self.storage = cpu.Cache(config.num_layers, num_sequences, config.num_kv_heads, num_slots, config.head_dim)
 
+    def _grow(self, num_sequences: int, num_slots: int) -> None:
+        config, old = self.config, self.storage
+        self.num_slots = num_slots
+        self.storage = cpu.Cache(config.num_layers, num_sequences, config.num_kv_heads, num_slots, config.head_dim)
+        for sequence, length in enumerate(self.lengths):
+            self.storage.copy(old, sequence, length)
+
     def compact(self, sequence: int, path: list[int]) -> None:
         """Move the rows path behind the committed slots, in order."""
         self.storage.keep(sequence, self.lengths[sequence], path)
@@ -160,7 +167,7 @@ class PackedTransformer(Transformer):
         stack, own = adapter
         return self._head.draft_chain(
             self._stack.place(cache, sequence, num_more=num_more),
-            stack.place(own, 0, num_more=num_more),
+            stack.place(own, sequence, num_more=num_more),
             plan=plan,
             pending=pending,
             embedding=(self._embedding, self.config.embedding_scale),
@@ -176,4 +183,4 @@ def pack(model: Transformer, storage: str = "float32") -> PackedTransformer:
 
 def describe(segment: Segment) -> cpu.Segment:
     """A segment as the native kernels take it."""
-    return segment.sequence, segment.start, 0, segment.num_rows, segment.parents
+    return segment.sequence, segment.base, segment.first_node, segment.num_rows, segment.parents

@@ -1,8 +1,6 @@
 """Text to token ids and back: tokenizer.json through `tokenizers`, chat templates through sandboxed jinja2."""
 
 import json
-import re
-from collections import deque
 from collections.abc import Sequence
 from datetime import datetime
 from pathlib import Path
@@ -15,12 +13,12 @@ from jinja2.parser import Parser
 from jinja2.sandbox import ImmutableSandboxedEnvironment
 
 from kangaroo.errors import CheckpointError, PromptError
+from kangaroo.model.text import StreamDecoder
 
 SPECIAL_TOKENS = ("bos_token", "eos_token", "unk_token", "sep_token", "pad_token", "cls_token", "mask_token")
 # What a template, which is the checkpoint's own program, can fail with inside the sandbox.
 TEMPLATE_ERRORS = (TemplateError, TypeError, ValueError, ArithmeticError, LookupError, AttributeError,
                    RecursionError, SyntaxError)  # fmt: skip
-BYTE_PIECE = re.compile(r"<0x[0-9A-F]{2}>")
 
 
 class Tokenizer:
@@ -76,7 +74,7 @@ class Tokenizer:
         """Text of token ids, special tokens left out."""
         return self._backend.decode(list(token_ids), skip_special_tokens=True)
 
-    def stream_decoder(self) -> "StreamDecoder":
+    def stream_decoder(self) -> StreamDecoder:
         """A decoder of one text's tokens as they come."""
         return StreamDecoder(self._backend)
 
@@ -101,42 +99,6 @@ class Tokenizer:
             )
         except TEMPLATE_ERRORS as error:
             raise PromptError(f"the chat template refuses these messages: {error}") from error
-
-
-class StreamDecoder:
-    """Tokens of one text to the text they complete; what step() and finish() return joins to decode() of all.
-
-    Only as much is held back as later tokens may still change: a last U+FFFD, which may be an unfinished character,
-    and a run of byte-fallback pieces, which is spelled as a whole. Every token is decoded behind the same few before
-    it: they give it its leading space, and 8 tokens surely hold a whole character of at most 4 bytes.
-    """
-
-    def __init__(self, backend: tokenizers.Tokenizer) -> None:
-        self._backend = backend
-        self._special_ids = {key for key, token in backend.get_added_tokens_decoder().items() if token.special}
-        self._context: deque[int] = deque(maxlen=8)
-        self._held: list[int] = []
-
-    def step(self, token_id: int) -> str:
-        """The text that this token completes; "" while a character is unfinished."""
-        piece = None if token_id in self._special_ids else self._backend.id_to_token(token_id)
-        if not piece:
-            return ""
-        self._held.append(token_id)
-        if BYTE_PIECE.fullmatch(piece):
-            return ""
-        return self._release(is_last=False)
-
-    def finish(self) -> str:
-        """The text held back, once no more tokens come."""
-        return self._release(is_last=True)
-
-    def _release(self, *, is_last: bool) -> str:
-        before = self._backend.decode(list(self._context)).removesuffix("\ufffd")
-        after = self._backend.decode([*self._context, *self._held])
-        self._context.extend(self._held)
-        self._held.clear()
-        return (after if is_last else after.removesuffix("\ufffd"))[len(before) :]
 
 
 class _GenerationTag(Extension):

@@ -19,7 +19,7 @@ from kangaroo.drafters.plain import PlainDrafter
 from kangaroo.drafters.stopping import FixedLength
 from kangaroo.errors import PromptError
 from kangaroo.kernels import cpu
-from kangaroo.llm import LoadedModel
+from kangaroo.model.checkpoint import LoadedModel
 from kangaroo.model.packed import pack
 from kangaroo.model.tokenizer import Tokenizer
 from kangaroo.model.transformer import Transformer

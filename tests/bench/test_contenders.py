@@ -10,7 +10,8 @@ import torch
 
 from kangaroo.bench.contenders import KangarooContender, LlamaCppContender, TransformersContender, VllmContender
 from kangaroo.errors import KangarooError, SettingsError
-from kangaroo.llm import DEMO_FOLDER, LLM, build_drafter, load_model
+from kangaroo.llm import LLM, build_drafter
+from kangaroo.model.checkpoint import DEMO_FOLDER, load_model
 from kangaroo.model.weights import save_checkpoint
 from tests.tiny import save_tiny_tokenizer, tiny_config, tiny_raw_config, tiny_transformer
 

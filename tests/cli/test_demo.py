@@ -7,7 +7,8 @@ import pytest
 
 from kangaroo.cli import demo
 from kangaroo.drafters.plain import PlainDrafter
-from kangaroo.llm import LLM, load_model
+from kangaroo.llm import LLM
+from kangaroo.model.checkpoint import load_model
 
 from .conftest import MakeModel, Run
 

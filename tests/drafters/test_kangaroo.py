@@ -13,8 +13,9 @@ from kangaroo.drafters import kangaroo as module
 from kangaroo.drafters.adapter import Adapter
 from kangaroo.drafters.base import Batch
 from kangaroo.drafters.base import Sequence as DecodedSequence
-from kangaroo.drafters.kangaroo import KangarooDrafter, KangarooSettings
+from kangaroo.drafters.kangaroo import KangarooDrafter
 from kangaroo.drafters.plain import PlainDrafter
+from kangaroo.drafters.settings import KangarooSettings
 from kangaroo.drafters.stopping import ConfidenceThreshold, FixedLength, StoppingPolicy
 from kangaroo.engine import engine as engine_module
 from kangaroo.engine.engine import Decoding, Engine

@@ -1,16 +1,13 @@
-"""Text to ids and back, streamed or whole, and chat templates that may not be trusted."""
+"""Text to ids and back, and chat templates that may not be trusted."""
 
 import json
 import re
 import sys
-from collections.abc import Sequence
 from pathlib import Path
 
 import pytest
-import tokenizers
-from hypothesis import example, given
+from hypothesis import given
 from hypothesis import strategies as st
-from tokenizers import decoders, models, pre_tokenizers, trainers
 
 from kangaroo.errors import CheckpointError, PromptError
 from kangaroo.model.tokenizer import Tokenizer
@@ -22,56 +19,6 @@ TEMPLATE = (
 )
 MESSAGES = [{"role": "user", "content": "Hi"}]
 TOKENIZER = Tokenizer(tiny_tokenizer(), settings={}, chat_template=None)
-SAMPLES = [
-    "the kangaroo \U0001f998\U0001f998 jumps \U0001f44d\U0001f3fd",
-    "\u4f60\u597d\u4e16\u754c caf\u00e9 \ufffd",
-    "\u65e5\u672c\u8a9e \U0001f469\u200d\U0001f680",
-]
-
-
-def byte_level() -> tokenizers.Tokenizer:
-    """A byte-level BPE whose merges join bytes within and across characters."""
-    backend = tokenizers.Tokenizer(models.BPE())
-    backend.pre_tokenizer = pre_tokenizers.ByteLevel(add_prefix_space=False)
-    backend.decoder = decoders.ByteLevel()
-    alphabet = pre_tokenizers.ByteLevel.alphabet()
-    trainer = trainers.BpeTrainer(vocab_size=320, min_frequency=1, special_tokens=[EOS], initial_alphabet=alphabet,
-                                  show_progress=False)  # fmt: skip
-    backend.train_from_iterator(SAMPLES, trainer)
-    return backend
-
-
-def sentencepiece_like() -> tokenizers.Tokenizer:
-    """Spaces as U+2581 with the first one stripped, and bytes where there is no piece, as in Llama 2."""
-    pieces = [
-        "<unk>",
-        EOS,
-        "\u2581",
-        "\u2581a",
-        "a",
-        "b",
-        "\u2581bc",
-        "\u4f60",
-        "\ufffd",
-        *(f"<0x{n:02X}>" for n in range(256)),
-    ]
-    backend = tokenizers.Tokenizer(models.BPE(vocab={piece: n for n, piece in enumerate(pieces)}, merges=[],
-                                              unk_token="<unk>", byte_fallback=True))  # fmt: skip
-    backend.add_special_tokens(["<unk>", EOS])
-    backend.decoder = decoders.Sequence(
-        [decoders.Replace("\u2581", " "), decoders.ByteFallback(), decoders.Fuse(), decoders.Strip(" ", 1, 0)]
-    )
-    return backend
-
-
-BYTE_LEVEL = Tokenizer(byte_level(), settings={}, chat_template=None)
-SENTENCEPIECE_LIKE = Tokenizer(sentencepiece_like(), settings={}, chat_template=None)
-
-
-def spell(tokenizer: Tokenizer, ids: Sequence[int]) -> list[str]:
-    """What a stream gives for every token, and at its end."""
-    decoder = tokenizer.stream_decoder()
-    return [*map(decoder.step, ids), decoder.finish()]
 
 
 @pytest.fixture
@@ -98,78 +45,6 @@ def test_special_tokens_follow_the_checkpoint(folder: Path) -> None:
 def test_round_trip(text: str) -> None:
     ids = TOKENIZER.encode(text, add_special_tokens=False)
     assert TOKENIZER.decode(ids) == text
-
-
-@given(text=st.text())
-def test_stream_completes_characters(text: str) -> None:
-    ids = TOKENIZER.encode(text, add_special_tokens=False)
-    assert "".join(spell(TOKENIZER, ids)) == text
-
-
-def test_stream_holds_back_an_unfinished_character() -> None:
-    ids = TOKENIZER.encode("aé🦘", add_special_tokens=False)
-    assert spell(TOKENIZER, ids) == ["a", "", "é", "", "", "", "🦘", ""]
-    assert spell(TOKENIZER, ids[:-1]) == ["a", "", "é", "", "", "", "\ufffd"]
-
-
-@given(ids=st.lists(st.integers(0, VOCAB_SIZE + 2), max_size=40))
-@example(ids=TOKENIZER.encode("🦘" * 3, add_special_tokens=False)[1:-1])
-def test_stream_of_any_bytes_joins_to_the_text(ids: list[int]) -> None:
-    assert "".join(spell(TOKENIZER, ids)) == TOKENIZER.decode(ids)
-
-
-@given(ids=st.lists(st.integers(0, BYTE_LEVEL.vocab_size), max_size=40))
-def test_stream_of_any_merged_bytes_joins_to_the_text(ids: list[int]) -> None:
-    assert "".join(spell(BYTE_LEVEL, ids)) == BYTE_LEVEL.decode(ids)
-
-
-@given(text=st.lists(st.one_of(st.sampled_from(SAMPLES), st.text(max_size=8))).map("".join), cut=st.integers(0, 5))
-def test_stream_of_a_text_cut_anywhere_joins_to_the_text(text: str, cut: int) -> None:
-    ids = BYTE_LEVEL.encode(text, add_special_tokens=False)
-    ids = ids[: max(0, len(ids) - cut)]
-    assert "".join(spell(BYTE_LEVEL, ids)) == BYTE_LEVEL.decode(ids)
-
-
-def test_merges_of_the_test_tokenizer_end_inside_characters() -> None:
-    texts = [BYTE_LEVEL.decode([token_id]) for token_id in range(BYTE_LEVEL.vocab_size)]
-    assert any(re.fullmatch(".+\ufffd", text) for text in texts)
-
-
-@given(ids=st.lists(st.one_of(st.integers(0, 8), st.integers(0, SENTENCEPIECE_LIKE.vocab_size)), max_size=40))
-@example(ids=[3, *SENTENCEPIECE_LIKE.encode("🦘"), 9 + 0xFF, 4])
-def test_stream_of_byte_fallback_pieces_joins_to_the_text(ids: list[int]) -> None:
-    assert "".join(spell(SENTENCEPIECE_LIKE, ids)) == SENTENCEPIECE_LIKE.decode(ids)
-
-
-def test_stream_keeps_the_spaces_between_words() -> None:
-    assert spell(SENTENCEPIECE_LIKE, [3, 4, 3, 1, 6]) == ["a", "a", " a", "", " bc", ""]
-
-
-def test_stream_costs_the_same_for_every_token(monkeypatch: pytest.MonkeyPatch) -> None:
-    lengths: list[int] = []
-
-    class Counting:
-        def __init__(self, backend: tokenizers.Tokenizer) -> None:
-            self.backend = backend
-
-        def __getattr__(self, name: str) -> object:
-            return getattr(self.backend, name)
-
-        def decode(self, ids: list[int]) -> str:
-            lengths.append(len(ids))
-            return self.backend.decode(ids)
-
-    # Torn bytes only, so that no character ever ends.
-    ids = TOKENIZER.encode("🦘", add_special_tokens=False)[-1:] * 200
-    counted = Tokenizer(Counting(tiny_tokenizer()), settings={}, chat_template=None)  # type: ignore[arg-type]
-    assert "".join(spell(counted, ids)) == "\ufffd" * 200
-    assert max(lengths) <= 9
-
-
-def test_two_streams_do_not_mix() -> None:
-    left, right = TOKENIZER.stream_decoder().step, TOKENIZER.stream_decoder().step
-    first, second = TOKENIZER.encode("é", add_special_tokens=False)
-    assert [left(first), right(first), left(second), right(second)] == ["", "", "é", "é"]
 
 
 def test_saved_truncation_and_padding_are_not_applied(folder: Path) -> None:

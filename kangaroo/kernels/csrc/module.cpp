@@ -412,6 +412,24 @@ void keep(const Cache& cache, size_t sequence, size_t start, const std::vector<s
   }
 }
 
+// Take over a sequence's first slots from a cache of the same layers with other room.
+void copy_slots(const Cache& cache, const Cache& other, size_t sequence, size_t num_slots) {
+  require(cache.num_layers == other.num_layers && cache.num_kv_heads == other.num_kv_heads &&
+              cache.head_dim == other.head_dim,
+          "the caches must be made for the same layers");
+  require(sequence < cache.num_sequences && sequence < other.num_sequences, "the cache has no such sequence");
+  require(num_slots <= cache.num_slots && num_slots <= other.num_slots, "the slots must lie in both caches");
+  const size_t key_numbers = round_up(num_slots) * cache.head_dim, value_numbers = num_slots * round_up(cache.head_dim);
+  for (size_t layer = 0; layer < cache.num_layers; ++layer) {
+    for (size_t head = 0; head < cache.num_kv_heads; ++head) {
+      std::memcpy(cache.keys_of(layer, sequence, head), other.keys_of(layer, sequence, head),
+                  key_numbers * sizeof(float));
+      std::memcpy(cache.values_of(layer, sequence, head), other.values_of(layer, sequence, head),
+                  value_numbers * sizeof(float));
+    }
+  }
+}
+
 // Bytes a second that all threads together read from memory, the best of several tries.
 double measure_bandwidth(size_t num_bytes, size_t num_tries) {
   nb::gil_scoped_release released;
@@ -470,7 +488,8 @@ NB_MODULE(_native, module) {
       .def(nb::new_(&make_cache), "num_layers"_a, "num_sequences"_a, "num_kv_heads"_a,
            "num_slots"_a, "head_dim"_a)
       .def_ro("num_slots", &Cache::num_slots)
-      .def("keep", &keep, "sequence"_a, "start"_a, "path"_a);
+      .def("keep", &keep, "sequence"_a, "start"_a, "path"_a)
+      .def("copy", &copy_slots, "other"_a, "sequence"_a, "num_slots"_a);
   nb::class_<Stack>(module, "Stack")
       .def(nb::init<std::tuple<size_t, size_t, size_t, size_t>, float, float, float, bool>(), "sizes"_a, "norm_eps"_a,
            "attention_scale"_a, "softcap"_a, "gelu"_a)

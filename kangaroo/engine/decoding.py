@@ -1,0 +1,105 @@
+"""A request under way: what it has emitted, why it ended, and what that took."""
+
+from collections.abc import Sequence as SequenceOf
+from dataclasses import dataclass, field
+from typing import Protocol
+
+from kangaroo.drafters.base import Sequence
+from kangaroo.types import Request
+
+
+class Text(Protocol):
+    """The text of one request as its tokens come (model.text.TextStream)."""
+
+    @property
+    def stopped(self) -> bool:
+        """Whether a stop string was met, which ends the request."""
+        ...
+
+    def feed(self, token_id: int) -> str:
+        """The text that may be shown once this token has come."""
+        ...
+
+    def finish(self) -> str:
+        """What was held back, once no more tokens come."""
+        ...
+
+
+@dataclass(eq=False)
+class Decoding:
+    """A request from its submission to its end.
+
+    max_tokens: the most its text may hold, prompt included. sequence is None until a slot of the cache is free.
+    num_unread: tokens of its prompt that no pass has read. pieces: the text each new token made showable, where a text
+    is kept. finish_reason: "stop" (EOS, stop id or stop string), "length", "cancelled" or "error"; None while under
+    way. num_steps counts verification passes, without those that read the prompt. accepted_lengths: the tokens each
+    emitted.
+    """
+
+    request: Request
+    text: Text | None = None
+    max_tokens: int = 0
+    sequence: Sequence | None = None
+    num_unread: int = field(init=False)
+    finish_reason: str | None = None
+    error: Exception | None = None
+    pieces: list[str] = field(default_factory=list)
+    prefill_time_s: float = 0.0
+    decode_time_s: float = 0.0
+    num_steps: int = 0
+    num_drafted: int = 0
+    num_accepted: int = 0
+    accepted_lengths: list[int] = field(default_factory=list)
+
+    def __post_init__(self) -> None:
+        self.num_unread = len(self.request.prompt_ids)
+
+    @property
+    def is_reading(self) -> bool:
+        """Whether the prompt is not yet read to its end."""
+        return self.num_unread > 0
+
+    @property
+    def new_tokens(self) -> list[int]:
+        """The tokens emitted so far."""
+        return [] if self.sequence is None else self.sequence.tokens[len(self.request.prompt_ids) :]
+
+    @property
+    def room(self) -> int:
+        """How many tokens may still be emitted."""
+        assert self.sequence is not None, "a request without a slot"
+        return self.max_tokens - len(self.sequence.tokens)
+
+    def emit(self, committed: SequenceOf[int]) -> int:
+        """Append the tokens a pass committed up to the first stop; returns how many."""
+        sequence = self.sequence
+        assert sequence is not None, "a request without a slot emits nothing"
+        for index, token in enumerate(committed):
+            sequence.append(token, "bonus" if index == len(committed) - 1 else "draft")
+            if self.text is not None:
+                self.pieces.append(self.text.feed(token))
+            if token in self.request.stop_ids or (self.text is not None and self.text.stopped):
+                self.finish("stop")
+            elif self.room == 0:
+                self.finish("length")
+            if self.finish_reason is not None:
+                return index + 1
+        return len(committed)
+
+    def finish(self, reason: str) -> None:
+        """End the text, once; text still held back belongs to its last token."""
+        if self.finish_reason is not None:
+            return
+        self.finish_reason = reason
+        if self.text is not None and self.pieces and not self.text.stopped:
+            self.pieces[-1] += self.text.finish()
+            if self.text.stopped:
+                self.finish_reason = "stop"
+
+    def count(self, num_drafted: int, num_emitted: int) -> None:
+        """Count a verification pass."""
+        assert self.sequence is not None, "a request without a slot"
+        self.num_steps += 1
+        self.num_drafted += num_drafted
+        self.num_accepted += self.sequence.origins[-num_emitted:].count("draft") if num_emitted else 0
+        self.accepted_lengths.append(num_emitted)
