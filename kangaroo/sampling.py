@@ -103,6 +103,14 @@ def process(logits: Tensor, params: SamplingParams, *, prefix: Prefix, drafted: 
     return torch.from_numpy(scores).to(logits.device)
 
 
+def distribution(logits: Tensor, params: SamplingParams, *, prefix: Prefix, drafted: Sequence[int] = ()) -> Array:
+    """Probabilities [V], float64, of the row's processed logits: what the rules that reject by chance compare."""
+    row = process(logits, params, prefix=prefix, drafted=drafted).cpu().numpy().astype(np.float64)
+    weights: Array = np.exp(row - row.max())
+    weights /= weights.sum()
+    return weights
+
+
 def choose(logits: Tensor, params: SamplingParams, *, prefix: Prefix, drafted: Sequence[int] = ()) -> int:
     """The token that plain decoding emits after this row; arguments as in process().
 
@@ -129,7 +137,7 @@ def choose_children(
 
 
 def logprobs_of(
-    logits: Tensor, token: int, params: SamplingParams, *, prefix: Prefix, drafted: Sequence[int] = ()
+    logits: Tensor, params: SamplingParams, *, token: int, prefix: Prefix, drafted: Sequence[int] = ()
 ) -> TokenLogprobs:
     """Log-probabilities of `token` and of the `params.logprobs` likeliest tokens, which may hold it too.
 
@@ -157,7 +165,7 @@ def gumbel_noise(position: int, token_ids: Tensor, *, seed: int) -> Tensor:
 
 def derive_seed(seed: int, index: int) -> int:
     """The seed, in 0..2**63-1, of the index-th completion or named stream of a request; index 0 keeps `seed`."""
-    return mix(mix(seed) + mix(index)) >> 1 if index else seed
+    return mix(mix(mix(seed)) + index) >> 1 if index else seed
 
 
 def draw_seed() -> int:
@@ -281,7 +289,7 @@ def _perturb(token_ids: Array, scores: Array, *, stream: tuple[int, int], count:
     hashes = hash_tokens(token_ids, seed=seed, position=position)
     if len(token_ids) > _MAX_PERTURBED:
         leaders = _find_leaders(scores, _NUM_LEADERS + count)
-        leading = scores[leaders]
+        leading, count = scores[leaders], min(count, len(leaders))
         to_beat, bound = np.partition(leading + gumbel(hashes[leaders]), -count)[-count], leading.min()
         if bound > -np.inf:  # else all tokens are leaders
             is_candidate = hashes >= bound_hash(float(to_beat), float(bound))
@@ -289,11 +297,3 @@ def _perturb(token_ids: Array, scores: Array, *, stream: tuple[int, int], count:
             candidates = np.flatnonzero(is_candidate)
             token_ids, scores, hashes = token_ids[candidates], scores[candidates], hashes[candidates]
     return token_ids, scores + gumbel(hashes)
-
-
-def distribution(logits: Tensor, params: SamplingParams, *, prefix: Prefix, drafted: Sequence[int] = ()) -> Array:
-    """Probabilities [V], float64, of the row's processed logits: what the rules that reject by chance compare."""
-    row = process(logits, params, prefix=prefix, drafted=drafted).cpu().numpy().astype(np.float64)
-    weights: Array = np.exp(row - row.max())
-    weights /= weights.sum()
-    return weights

@@ -10,7 +10,7 @@ import math
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field
 from functools import cached_property
-from numbers import Integral
+from numbers import Integral, Real
 from typing import TYPE_CHECKING, Literal
 
 from kangaroo.errors import SettingsError
@@ -18,6 +18,9 @@ from kangaroo.errors import SettingsError
 if TYPE_CHECKING:
     from numpy import ndarray
     from torch import Tensor
+
+_INTEGERS = ("max_new_tokens", "seed", "top_k", "n", "min_new_tokens", "logprobs")
+_FLOATS = ("temperature", "top_p", "min_p", "repetition_penalty", "presence_penalty", "frequency_penalty")
 
 
 @dataclass(frozen=True)
@@ -53,10 +56,14 @@ class SamplingParams:
     acceptance: Literal["coupling", "rejection", "block"] = "coupling"
 
     def __post_init__(self) -> None:
-        for name in ("max_new_tokens", "seed", "top_k", "n", "min_new_tokens", "logprobs"):
-            value = getattr(self, name)
-            if not isinstance(value, Integral | None):
-                raise SettingsError(f"{name} must be a whole number, got {value!r}")
+        for name in (*_INTEGERS, *_FLOATS):
+            value, is_whole = getattr(self, name), name in _INTEGERS
+            is_number = isinstance(value, Integral if is_whole else Real)
+            if not (is_number or (value is None and name in ("seed", "logprobs"))):
+                raise SettingsError(f"{name} must be a {'whole ' if is_whole else ''}number, got {value!r}")
+            if is_number:
+                # A number of numpy's would take logits to its own precision.
+                object.__setattr__(self, name, int(value) if is_whole else float(value))
         object.__setattr__(self, "logit_bias", tuple(sorted(dict(self.logit_bias).items())))
         object.__setattr__(self, "stop", (self.stop,) if isinstance(self.stop, str) else tuple(self.stop))
         object.__setattr__(self, "stop_token_ids", tuple(self.stop_token_ids))
@@ -130,21 +137,21 @@ class Request:
 class Draft:
     """A tree of guesses per sequence; node 0 is the root, the last committed token.
 
-    tokens: [B, N] int64, -1 padded, perhaps still under way on the device. parents: for every sequence the parent of
-    each node, -1 for the root; the trees' shapes are the host's.
+    tokens, parents: for every sequence those of each node, the root's parent being -1. Tokens still under way on the
+    device are a tensor [B, N] int64, padded with anything; the trees' shapes are the host's.
     hidden: [R, D], the nodes' states entering layer resume_layer, packed sequence by sequence; None where
-    resume_layer is 0. confidence: [B, N] float32, the draft's raw top-1 probability that proposed each node,
-    1 for roots; None where the drafter has none.
+    resume_layer is 0. confidence: for every sequence the draft's raw top-1 probability that proposed each node, 1 for
+    roots; None where the drafter has none, or the host does not know it.
     proposals: for every sequence, by node, the distribution [V] that its children were drawn from, float64; a node
     that has none drew its children from no distribution. None where no request asks for it (SamplingParams.acceptance).
     """
 
-    tokens: Tensor
-    parents: tuple[tuple[int, ...], ...]
+    tokens: Sequence[Sequence[int]] | Tensor
+    parents: Sequence[Sequence[int]]
     resume_layer: int = 0
     hidden: Tensor | None = None
-    confidence: Tensor | None = None
-    proposals: tuple[Mapping[int, ndarray], ...] | None = None
+    confidence: Sequence[Sequence[float]] | None = None
+    proposals: Sequence[Mapping[int, ndarray]] | None = None
 
     @cached_property
     def num_nodes(self) -> tuple[int, ...]:

@@ -8,9 +8,9 @@ Shapes: N draft nodes, V vocabulary. Node 0 is the root, the last committed toke
 their children. All rules return (path, picked): the accepted nodes, root first, and the token emitted after each of
 them; the last one is the bonus token, every other is the next node's own.
 
-A step's draft and its Uniforms must be independent of everything emitted before. Position alone does not key fresh
-noise: a step that accepts little is followed by one that drafts the same positions again, and verify_block() lets
-tokens it did not accept decide how many it does.
+The draws of a step, its draft's as well as its Uniforms, must be independent of everything emitted before. For
+verify_block(), noise keyed by (seed, position in the text) is not: after a step that accepts little the next one drafts
+the same positions again, and tokens that were not accepted have had a say in how many were. Key it by the root as well.
 """
 
 from collections.abc import Callable, Sequence
@@ -29,7 +29,7 @@ _WORD = 2**64 - 1
 
 @dataclass(frozen=True)
 class Uniforms:
-    """The verification noise of one step: uniforms in (0, 1) that depend on their coordinates alone.
+    """The verification noise of one step: uniforms in (0, 1), a function of seed, position and the call alone.
 
     seed: of the request; position: of the root in the text, which no two steps of a request share.
     """
@@ -38,7 +38,7 @@ class Uniforms:
     position: int
 
     def accept(self, depth: int, sibling: int = 0) -> float:
-        """What decides on the sibling-th child tried (from 0) of the path's node at this depth (root 0)."""
+        """What the sibling-th child tried, counted from 0, is judged by; depth: of its parent, the root's being 0."""
         return self._uniform(_ACCEPT, depth << 32 | sibling)
 
     def residual(self) -> float:
@@ -56,8 +56,8 @@ def walk(
 ) -> tuple[list[int], list[int]]:
     """Follow the target's choices from the root of the draft tree; of equal siblings the first one counts.
 
-    tokens, parents: N each. pick(node, drafted): the target's token after the node; drafted: the tokens below the root
-    down to the node, a list that grows with the walk. Called once for every accepted node.
+    tokens, parents: N each. pick(node, drafted): the target's token after the node, asked once for every accepted node;
+    drafted: the tokens from below the root down to the node, a list that grows with the walk.
     """
     path, drafted, last = [0], list[int](), 0
     wanted = pick(0, drafted)
@@ -85,9 +85,9 @@ def reject(
     sibling is held to have been drawn from q without the earlier ones, renormalised, as Gumbel top-k draws them
     (Jeon et al. 2024, arXiv 2402.14160).
 
-    tokens, parents: N each. target(node, drafted): p after the node, [V]; called once for every accepted node, drafted
-    as in walk(). proposal: for every node the q its children were drawn from, in order, [V], or None where they were
-    not drawn: each child then counts as one-hot.
+    tokens, parents: N each. target(node, drafted): p after the node, [V], which is only read; asked and drafted as in
+    walk(). proposal: for every node the q its children were drawn from, in order, [V], or None where they were not
+    drawn: each child then counts as one-hot.
     """
     path, picked = [0], list[int]()
     while True:
@@ -128,7 +128,8 @@ def verify_block(
     h_i = r_i / (r_i + 1 - c_i), r_i being the sum of max(c_i * p - q, 0) over the token after it (equation 5), or below
     c_i if it is the whole chain. The bonus token is drawn from that positive part (equation 4), or from p.
 
-    Arguments as for reject(). Raises SettingsError if the draft branches.
+    Arguments as for reject(), but the target may be asked about nodes beyond those accepted, and must leave the vectors
+    it has returned as they are. Raises SettingsError if the draft branches.
     """
     if any(parent != node - 1 for node, parent in enumerate(parents)):
         raise SettingsError(

@@ -13,7 +13,13 @@ FILES = sorted(PACKAGE.rglob("*.py"))
 
 OUTER = ("train", "search", "bench", "server", "integrations", "cli")
 SHARED_BY_DRAFTERS = ("base", "settings", "stopping", "tree", "adapter")
-KNOWS_NO_DRAFTER = ("kangaroo.model", "kangaroo.sampling", "kangaroo.verify", "kangaroo.drafters.stopping")
+KNOWS_NO_DRAFTER = (
+    "kangaroo.model",
+    "kangaroo.noise",
+    "kangaroo.sampling",
+    "kangaroo.verify",
+    "kangaroo.drafters.stopping",
+)
 # Third-party packages and the only places that may import them.
 CONFINED = {
     "transformers": ("kangaroo.model.tokenizer", "kangaroo.integrations", "kangaroo.bench.contenders"),

@@ -115,6 +115,23 @@ class Adapter:
         adapter = cls(config, target.config, tensors=tensors)
         return adapter if target.backend == REFERENCE else adapter.pack(target)  # type: ignore[arg-type]
 
+    @classmethod
+    def find(cls, folder: str | Path, target: Transformer, *, exit_layer: int | None) -> "Adapter":
+        """Load from a folder; raises AdapterError where there is none, or exit_layer is given and not its own."""
+        if exit_layer is not None:
+            check_exit_layer(exit_layer, target.num_layers)
+        folder = Path(folder).expanduser()
+        if not folder.is_dir():
+            raise AdapterError(
+                f"no adapter folder {folder}; train one with `kangaroo train adapter` or give its folder"
+            )
+        adapter = cls.load(folder, target)
+        trained_at = adapter.config.exit_layer
+        if exit_layer not in (None, trained_at):
+            raise AdapterError(f"{folder} was trained at exit layer {trained_at}, got exit_layer {exit_layer}; "
+                               "leave it out or train another adapter")  # fmt: skip
+        return adapter
+
     def pack(self, target: "PackedTransformer") -> "Adapter":
         """This adapter on the native kernels, its weights kept as the target's are."""
         from kangaroo.model.packed import PackedStack

@@ -3,13 +3,9 @@
 Shapes: B sequences, N draft nodes (padded), R packed rows.
 """
 
-import functools
 from collections.abc import Sequence as SequenceOf
 from dataclasses import dataclass, field
 from typing import Protocol
-
-import torch
-from torch import Tensor
 
 from kangaroo.model.cache import KVCache, Segment
 from kangaroo.model.transformer import Transformer
@@ -78,9 +74,8 @@ def place_nodes(
     cache: KVCache, slot: int, *, num_rows: int, first_node: int = 0, parents: SequenceOf[int] | None = None
 ) -> Segment:
     """Nodes first_node and on behind what a cache holds of a sequence; parents are those of all nodes up to them."""
-    base = cache.lengths[slot]
-    is_chain = parents is None or list(parents) == list(range(-1, len(parents) - 1))
-    return Segment(slot, base, num_rows, None if is_chain else tuple(parents or ()), first_node)
+    shape = None if parents is None or is_chain(parents) else tuple(parents)
+    return Segment(slot, cache.lengths[slot], num_rows, shape, first_node)
 
 
 class Drafter(Protocol):
@@ -110,19 +105,11 @@ class Drafter(Protocol):
         ...
 
 
-@functools.cache
-def chain_parents(num_nodes: int) -> tuple[int, ...]:
-    """The parents of a draft without branches."""
-    return tuple(range(-1, num_nodes - 1))
-
-
-def pad(rows: SequenceOf[SequenceOf[int]]) -> Tensor:
-    """Token ids of every sequence's nodes as [B, N] int64, -1 padded."""
-    longest = max(map(len, rows))
-    return torch.tensor([[*row, *[-1] * (longest - len(row))] for row in rows])
+def is_chain(parents: SequenceOf[int]) -> bool:
+    """Whether a draft's nodes follow one another without branches."""
+    return all(parent == node - 1 for node, parent in enumerate(parents))
 
 
 def draft_roots(batch: Batch) -> Draft:
     """The draft that guesses nothing."""
-    roots = [[sequence.tokens[-1]] for sequence in batch.sequences]
-    return Draft(torch.tensor(roots, device=batch.target.device), ((-1,),) * len(roots))
+    return Draft([sequence.tokens[-1:] for sequence in batch.sequences], [(-1,)] * len(batch.sequences))

@@ -10,7 +10,6 @@ from __future__ import annotations
 
 from collections.abc import Sequence as SequenceOf
 from dataclasses import dataclass, field, replace
-from pathlib import Path
 from typing import TYPE_CHECKING, cast
 
 import torch
@@ -18,11 +17,10 @@ from numpy import ndarray
 from torch import Tensor
 
 from kangaroo.drafters.adapter import Adapter, check_exit_layer
-from kangaroo.drafters.base import Batch, Sequence, chain_parents, draft_roots, pad, place_nodes
+from kangaroo.drafters.base import Batch, Sequence, draft_roots, place_nodes
 from kangaroo.drafters.settings import KangarooSettings
 from kangaroo.drafters.stopping import ConfidenceThreshold, FixedLength, StoppingPolicy
 from kangaroo.drafters.tree import CHAIN, Branching, Guesses, Tree
-from kangaroo.errors import AdapterError
 from kangaroo.model.cache import CachedPass
 from kangaroo.model.transformer import Transformer
 from kangaroo.sampling import DRAFT_STREAM, choose_children, derive_seed, distribution, needs_logits
@@ -43,16 +41,7 @@ def build(model: LoadedModel, settings: KangarooSettings) -> KangarooDrafter:
 
     Raises AdapterError where the adapter is missing, damaged, or another model's or layer's.
     """
-    if settings.exit_layer is not None:
-        check_exit_layer(settings.exit_layer, model.target.num_layers)
-    folder = model.adapter_folder if settings.adapter is None else Path(settings.adapter).expanduser()
-    if not folder.is_dir():
-        raise AdapterError(f"no adapter folder {folder}; train one with `kangaroo train adapter` or give its folder")
-    adapter = Adapter.load(folder, model.target)
-    trained_at = adapter.config.exit_layer
-    if settings.exit_layer not in (None, trained_at):
-        raise AdapterError(f"{folder} was trained at exit layer {trained_at}, got exit_layer {settings.exit_layer}; "
-                           "leave it out or train another adapter")  # fmt: skip
+    adapter = Adapter.find(settings.adapter or model.adapter_folder, model.target, exit_layer=settings.exit_layer)
     gammas = (settings.gamma, adapter.config.gamma, DEFAULT_GAMMA)
     etas = (settings.eta, adapter.config.eta, DEFAULT_ETA)
     gamma = next(value for value in gammas if value is not None)
@@ -127,10 +116,10 @@ class KangarooDrafter:
         growing = [growth for growth in growths if growth.max_depth > 0]
         if not growing:
             return draft_roots(batch)
-        is_chain = self._branching.num_siblings == 1
-        is_greedy = is_chain and not any(needs_logits(growth.memory.params) for growth in growing)
-        if len(growths) == 1 and is_greedy and self._adapter.packed is not None:
-            return self._draft_in_one_call(batch, growing[0])
+        is_greedy = not any(needs_logits(growth.memory.params) for growth in growing)
+        if is_greedy and self._adapter.packed is not None:
+            return self._draft_in_one_call(batch, growths)
+        is_greedy = is_greedy and self._branching.num_siblings == 1
         # Filled on the device: a copy from the host would wait for it.
         device = self._target.device
         roots = [torch.full((1,), growth.tree.tokens[0], device=device) for growth in growths]
@@ -270,44 +259,51 @@ class KangarooDrafter:
     def _assemble(self, growths: SequenceOf[_Growth], blind_levels: list[tuple[list[_Growth], Tensor]] | None) -> Draft:
         """The trees as one draft; blind_levels holds the tokens where the host does not know them."""
         trees = [growth.tree for growth in growths]
-        if blind_levels is None:
-            tokens = pad([tree.tokens for tree in trees]).to(self._target.device)
-        else:
+        tokens: list[list[int]] | Tensor = [tree.tokens for tree in trees]
+        if blind_levels is not None:
             tokens = torch.full((len(trees), len(blind_levels)), -1, device=self._target.device)
             for depth, (rows, level) in enumerate(blind_levels):
                 tokens[[one.row for one in rows] if len(rows) < len(trees) else slice(None), depth] = level
-        longest = tokens.shape[1]
-        confidence = [tree.confidences + [-1.0] * (longest - len(tree.confidences)) for tree in trees]
         has_proposals = any(growth.proposals for growth in growths)
         return Draft(
             tokens=tokens,
-            parents=tuple(tuple(tree.parents) for tree in trees),
+            parents=[tree.parents for tree in trees],
             resume_layer=self.exit_layer,
             hidden=torch.cat([states for growth in growths for states in growth.states]),
-            confidence=torch.tensor(confidence),
-            proposals=tuple(growth.proposals for growth in growths) if has_proposals else None,
+            confidence=[tree.confidences for tree in trees] if blind_levels is None else None,
+            proposals=[growth.proposals for growth in growths] if has_proposals else None,
         )
 
-    def _draft_in_one_call(self, batch: Batch, growth: _Growth) -> Draft:
-        """A greedy chain on packed weights, without returning to Python between tokens."""
+    def _draft_in_one_call(self, batch: Batch, growths: SequenceOf[_Growth]) -> Draft:
+        """The same trees, greedy and on packed weights, without returning to Python between levels."""
         assert self._adapter.packed is not None, "packed weights only"
-        memory, slot = growth.memory, growth.sequence.slot
-        pending, root = self._shorten(growth), growth.tree.tokens[0]
-        tokens, confidences, states = cast("PackedTransformer", self._target).draft_chain(
-            batch.cache,
-            slot,
-            adapter=(self._adapter.packed, self._cache),
+        nothing = torch.empty(0, self._target.config.hidden_size)
+        pending = [self._shorten(growth) if growth.max_depth > 0 else nothing for growth in growths]
+        seeds = []
+        for growth, states in zip(growths, pending, strict=True):
+            slot = growth.sequence.slot
+            seeds.append((slot, batch.cache.lengths[slot], slot, self._cache.lengths[slot], growth.tree.tokens[0],
+                          len(states), growth.max_depth))  # fmt: skip
+        stopping, branching = self._stopping, self._branching
+        drafted, states = cast("PackedTransformer", self._target).draft(
+            (batch.cache, self._cache),
+            self._adapter.packed,
+            seeds=seeds,
+            plan=(self.exit_layer, branching.num_siblings, branching.max_nodes, stopping.threshold, batch.node_price),
+            pending=pending[0] if len(pending) == 1 else torch.cat(pending),
             norm=self._adapter.final_norm,
-            plan=(self.exit_layer, root, growth.max_depth, self._stopping.threshold),
-            pending=pending,
         )
-        self._cache.truncate(slot, self._cache.lengths[slot] + pending.shape[0])
-        # The last guess is not fed to the adapter.
-        memory.pending, memory.fed, memory.num_drafted = [], set(range(len(tokens))), len(tokens)
+        for growth, (tokens, parents, _), fresh in zip(growths, drafted, pending, strict=True):
+            memory, slot = growth.memory, growth.sequence.slot
+            if growth.max_depth > 0:
+                self._cache.truncate(slot, self._cache.lengths[slot] + len(fresh))
+                memory.pending = []
+            # Those that got children are known to the adapter.
+            memory.fed, memory.num_drafted = set(parents[1:]), len(tokens) - 1
         return Draft(
-            tokens=torch.tensor([[root, *tokens]]),
-            parents=(chain_parents(1 + len(tokens)),),
+            tokens=[tokens for tokens, _, _ in drafted],
+            parents=[parents for _, parents, _ in drafted],
             resume_layer=self.exit_layer,
             hidden=states,
-            confidence=torch.tensor([[1.0, *confidences]]),
+            confidence=[confidences for _, _, confidences in drafted],
         )

@@ -7,7 +7,7 @@ a step is held to be linear in the drafted tokens a sequence, with a line of its
 from collections import deque
 from statistics import mean, median
 
-from kangaroo.drafters.base import DEFAULT_NODE_PRICE, MAX_NODES, chain_parents
+from kangaroo.drafters.base import DEFAULT_NODE_PRICE, MAX_NODES, is_chain
 from kangaroo.types import Draft, Outcome
 
 # A gain below this is within what measurements of single steps tell apart.
@@ -75,7 +75,7 @@ class Pace:
         load.drafted.append(((num_rows - num_sequences) / num_sequences, draft_time_s + verify_time_s))
         self._verify_s.setdefault(num_rows, deque(maxlen=NUM_REMEMBERED)).append(verify_time_s)
         for parents, path in zip(draft.parents, outcome.paths, strict=True):
-            self._has_trees |= parents != chain_parents(len(parents))
+            self._has_trees |= not is_chain(parents)
             if self._granted == MAX_NODES:
                 self._drafts.append((len(parents) - 1, len(path) - 1))
 

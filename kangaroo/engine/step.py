@@ -42,8 +42,7 @@ def prefill(batch: Batch, drafter: Drafter, *, num_rows: SequenceOf[int]) -> Out
         for token in sequence.tokens[segment.base : segment.stop]
     ]
     attention, span = CachedPass(cache, segments), (0, target.num_layers)
-    entering = target.embed(torch.tensor(tokens, device=target.device))
-    hidden, taps = target.forward(entering, span, attention=attention, taps=drafter.taps)
+    hidden, taps = target.forward(target.embed(tokens), span, attention=attention, taps=drafter.taps)
     for segment in segments:
         cache.truncate(segment.sequence, segment.stop)
     ends = [segment.stop == len(one.tokens) for one, segment in zip(batch.sequences, segments, strict=True)]
@@ -79,7 +78,7 @@ def verify_draft(batch: Batch, drafter: Drafter, draft: Draft) -> Step:
     span = (draft.resume_layer, target.num_layers)
     hidden, taps = target.forward(entering, span, attention=attention, taps=drafter.taps)
     choices = _Choices(target, hidden, batch.sequences, num_nodes=draft.num_nodes)
-    all_tokens = draft.tokens.tolist()
+    all_tokens = draft.tokens.tolist() if isinstance(draft.tokens, Tensor) else draft.tokens
     paths, emitted, tapped, errors, first_row = [], [], [], {}, 0
     for row, sequence in enumerate(batch.sequences):
         try:
@@ -141,13 +140,14 @@ class _Choices:
         params = sequence.request.params
         if params.logprobs is not None:
             logits = self.logits(index, node)
-            sequence.logprobs.append(logprobs_of(logits, token, params, prefix=sequence.prefix, drafted=drafted))
+            sequence.logprobs.append(logprobs_of(logits, params, token=token, prefix=sequence.prefix, drafted=drafted))
 
 
-def _verify(draft: Draft, row: int, *, tokens: list[int], choices: _Choices, sequence: Sequence) -> Verdict:
+def _verify(draft: Draft, row: int, *, tokens: SequenceOf[int], choices: _Choices, sequence: Sequence) -> Verdict:
     """One sequence's draft under the rule of acceptance its request asks for."""
     params, parents = sequence.request.params, draft.parents[row]
-    tokens = tokens[: len(parents)]
+    if len(tokens) > len(parents):
+        tokens = tokens[: len(parents)]
     if params.acceptance == "coupling" or params.temperature == 0:
         return walk(tokens, parents, pick=choices.pick(row))
     rule = reject if params.acceptance == "rejection" else verify_block
@@ -166,11 +166,11 @@ def _verify(draft: Draft, row: int, *, tokens: list[int], choices: _Choices, seq
     return path, picked
 
 
-def _pack(draft: Draft) -> Tensor:
-    """The draft's tokens [R] without padding."""
-    if min(draft.num_nodes) == draft.tokens.shape[1]:
-        return draft.tokens.flatten()
-    return torch.cat([row[:count] for row, count in zip(draft.tokens, draft.num_nodes, strict=True)])
+def _pack(draft: Draft) -> Tensor | list[int]:
+    """The draft's tokens [R] of all sequences, one behind the other."""
+    if isinstance(draft.tokens, Tensor):
+        return torch.cat([row[:count] for row, count in zip(draft.tokens, draft.num_nodes, strict=True)])
+    return [token for row in draft.tokens for token in row]
 
 
 def _select(path: list[int], first_row: int) -> slice | Tensor:

@@ -43,14 +43,14 @@ class Stack:
 def run_head(
     weight: Weight, states: tuple[int, int], norm: tuple[int, float], softcap: float, out: tuple[int, int, int]
 ) -> None: ...
-def draft_chain(
-    target: tuple[Stack, Cache, int, int, tuple[int, int, int]],
-    drafter: tuple[Stack, Cache, int, int, tuple[int, int, int]],
-    plan: tuple[int, int, int, float],
-    states_pending: tuple[int, int],
-    embedding: tuple[Weight, float],
-    head: tuple[Weight, int, float, float],
-) -> tuple[list[int], list[float]]: ...
+def draft(
+    target: tuple[Stack, Cache, tuple[int, int, int]],
+    adapter: tuple[Stack, Cache, tuple[int, int, int]],
+    seeds: Sequence[tuple[int, int, int, int, int, int, int]],
+    plan: tuple[int, int, int, float, float],
+    pending_states: tuple[int, int, int],
+    embedding_head: tuple[Weight, float, Weight, int, float, float],
+) -> list[tuple[list[int], list[int], list[float]]]: ...
 def linear(weight: Weight, hidden: int, num_rows: int, out: int) -> None: ...
 def instruction_sets() -> list[str]: ...
 def select(name: str) -> None: ...

@@ -76,10 +76,10 @@ def pack(weight: Tensor, *, storage: str, bias: Tensor | None = None, paired: bo
     return Weight(rows, paired=paired, scales=None, bias=bias)
 
 
-def gather(weight: Weight, rows: Tensor) -> Tensor:
-    """Rows [R, K] float32 of a weight by their ids [R] int64: an embedding."""
-    out = torch.empty(rows.shape[0], weight.num_inputs)
-    weight.gather(rows.tolist(), out.data_ptr())
+def gather(weight: Weight, rows: list[int]) -> Tensor:
+    """Rows [R, K] float32 of a weight by their ids: an embedding."""
+    out = torch.empty(len(rows), weight.num_inputs)
+    weight.gather(rows, out.data_ptr())
     return out
 
 
@@ -90,8 +90,11 @@ def linear(hidden: Tensor, weight: Weight) -> Tensor:
     return out
 
 
-# Where a chain is drafted: cache, sequence there, slots it has committed, rotary tables [2, S, 1, E].
-Place = tuple[Cache, int, int, Tensor]
+# A sequence to draft for: slot and committed tokens in the target's cache, the same in the adapter's, root token,
+# pending states, most levels.
+Seed = tuple[int, int, int, int, int, int, int]
+# Tokens, parents and confidences of a draft's nodes, root first.
+Nodes = tuple[list[int], list[int], list[float]]
 
 
 class Stack:
@@ -133,16 +136,19 @@ class Stack:
             inner[stop] = out
         return out, inner
 
-    def place(self, place: Place) -> tuple[_native.Stack, Cache, int, int, tuple[int, int, int]]:
-        """This stack at a place, as the native kernels take it."""
-        cache, sequence, num_slots, tables = place
-        return self._stack, cache, sequence, num_slots, self._tables(tables)
+    def place(self, cache: Cache, tables: Tensor) -> tuple[_native.Stack, Cache, tuple[int, int, int]]:
+        """This stack with a cache and rotary tables, as the native kernels take it."""
+        return self._stack, cache, self._tables(tables)
 
     def _tables(self, tables: Tensor) -> tuple[int, int, int]:
         """Addresses of cosine and sine, and how many positions they cover."""
         num_positions = tables.shape[1]
         cosine = _address(tables, (2, num_positions, 1, self._head_dim))
         return cosine, cosine + 4 * num_positions * self._head_dim, num_positions
+
+
+# Where drafting happens: layers, their cache, and rotary tables [2, S, 1, E].
+Place = tuple[Stack, Cache, Tensor]
 
 
 class Head:
@@ -171,29 +177,30 @@ class Head:
         self._run(hidden, norm, out=(0, ids.data_ptr(), confidence.data_ptr()))
         return ids, confidence
 
-    def draft_chain(
-        self, target: tuple[Stack, Place], drafter: tuple[Stack, Place], *, plan: tuple[int, int, int, float],
-        pending: Tensor, embedding: tuple[Weight, float], norm: Tensor
-    ) -> tuple[list[int], list[float], Tensor]:  # fmt: skip
-        """Draft greedily token by token in one call: layers [0, e) of target, the drafter's one layer, norm [D], head.
+    def draft(
+        self, target: Place, adapter: Place, *, seeds: Sequence[Seed], plan: tuple[int, int, int, float, float],
+        pending: Tensor, embedding_norm: tuple[Weight, float, Tensor]
+    ) -> tuple[list[Nodes], Tensor]:  # fmt: skip
+        """Draft greedily in one call: layers [0, e) of target, the adapter's one layer, norm [D], this head.
 
-        plan: exit layer e, root token, most tokens to draft, and the confidence below which to stop behind a token.
-        pending: [P, D], states entering layer e that the drafter has not seen; embedding: the weight and its scale.
-        Returns the tokens, their confidences, and the states [1 + tokens, D] of root and tokens that enter layer e.
+        plan: exit layer e, siblings a node may have, most nodes of a draft, the confidence below which a node gets no
+        children, and the chance a node must promise; trees grow as drafters/tree.py says. pending: [P, D], states
+        entering layer e that the adapter has not seen, sequence by sequence; embedding_norm: the embedding, its scale,
+        and the norm. Returns every sequence's nodes, and the states [R, D] of all of them that enter layer e.
         """
-        num_pending, size = pending.shape
-        states = torch.empty(num_pending + 1 + plan[2], size)
-        if num_pending:
-            states[:num_pending] = pending
-        tokens, confidences = _native.draft_chain(
-            target[0].place(target[1]),
-            drafter[0].place(drafter[1]),
+        embedding, scale, norm = embedding_norm
+        size, max_nodes = self.weight.num_inputs, plan[2]
+        most = [max_nodes if plan[1] > 1 else min(max_nodes, seed[6] + 1) for seed in seeds]
+        states = torch.empty(sum(most), size)
+        drafted = _native.draft(
+            target[0].place(target[1], target[2]),
+            adapter[0].place(adapter[1], adapter[2]),
+            seeds,
             plan,
-            (_address(states, tuple(states.shape)), num_pending),
-            embedding,
-            (self.weight, _address(norm, (size,)), self._norm_eps, self._softcap),
+            (_address(pending, (sum(seed[5] for seed in seeds), size)), states.data_ptr(), len(states)),
+            (embedding, scale, self.weight, _address(norm, (size,)), self._norm_eps, self._softcap),
         )
-        return tokens, confidences, states[num_pending : num_pending + 1 + len(tokens)]
+        return drafted, states[: sum(len(tokens) for tokens, _, _ in drafted)]
 
     def _run(self, hidden: Tensor, norm: Tensor | None, *, out: tuple[int, int, int]) -> None:
         num_rows, size = hidden.shape[0], self.weight.num_inputs

@@ -79,11 +79,10 @@ class PackedStack:
             taps=taps,
         )
 
-    def place(self, cache: KVCache, sequence: int, *, num_more: int) -> tuple[cpu.Stack, cpu.Place]:
-        """These layers behind a sequence's committed slots, with rotary tables for num_more positions there."""
+    def place(self, cache: KVCache, num_positions: int) -> cpu.Place:
+        """These layers with a cache and rotary tables of so many positions."""
         assert isinstance(cache, PackedCache), "the cache of another backend"
-        start = cache.lengths[sequence]
-        return self._stack, (cache.storage, sequence, start, self._rotary.tables(start + num_more))
+        return self._stack, cache.storage, self._rotary.tables(num_positions)
 
     def new_cache(self, num_sequences: int, num_slots: int) -> PackedCache:
         """An empty cache for these layers."""
@@ -131,9 +130,9 @@ class PackedTransformer(Transformer):
         """An empty cache for this model's keys and values."""
         return self._stack.new_cache(num_sequences, num_slots)
 
-    def embed(self, tokens: Tensor) -> Tensor:
-        """Hidden states [R, D] that enter layer 0 for tokens [R] int64."""
-        hidden = cpu.gather(self._embedding, tokens)
+    def embed(self, tokens: Tensor | list[int]) -> Tensor:
+        """Hidden states [R, D] that enter layer 0 for tokens [R]."""
+        hidden = cpu.gather(self._embedding, tokens if isinstance(tokens, list) else tokens.tolist())
         return hidden if self.config.embedding_scale == 1.0 else hidden * self.config.embedding_scale
 
     def forward(
@@ -158,20 +157,19 @@ class PackedTransformer(Transformer):
         """A drafter's argmax [R] int64 and its probability [R], of states [R, D] under the drafter's norm [D]."""
         return self._head.guess(hidden, norm)
 
-    def draft_chain(
-        self, cache: KVCache, sequence: int, *, adapter: tuple[PackedStack, KVCache], norm: Tensor,
-        plan: tuple[int, int, int, float], pending: Tensor
-    ) -> tuple[list[int], list[float], Tensor]:  # fmt: skip
-        """Draft a chain with layers [0, e) and an adapter in one call; cpu.Head.draft_chain says how."""
-        num_more = pending.shape[0] + plan[2] + 1
-        stack, own = adapter
-        return self._head.draft_chain(
-            self._stack.place(cache, sequence, num_more=num_more),
-            stack.place(own, sequence, num_more=num_more),
+    def draft(
+        self, caches: tuple[KVCache, KVCache], adapter: PackedStack, *, seeds: Sequence[cpu.Seed],
+        plan: tuple[int, int, int, float, float], pending: Tensor, norm: Tensor
+    ) -> tuple[list[cpu.Nodes], Tensor]:  # fmt: skip
+        """Draft with layers [0, e) and an adapter in one call, caches being theirs; cpu.Head.draft says how."""
+        num_more = min(plan[2], 1 + max(seed[6] for seed in seeds)) if plan[1] == 1 else plan[2]
+        return self._head.draft(
+            self._stack.place(caches[0], max(seed[1] for seed in seeds) + num_more),
+            adapter.place(caches[1], max(seed[3] + seed[5] for seed in seeds) + num_more),
+            seeds=seeds,
             plan=plan,
             pending=pending,
-            embedding=(self._embedding, self.config.embedding_scale),
-            norm=norm,
+            embedding_norm=(self._embedding, self.config.embedding_scale, norm),
         )
 
 

@@ -150,8 +150,9 @@ class Transformer:
         if self.head is not self.embedding:
             yield "head", self.head
 
-    def embed(self, tokens: Tensor) -> Tensor:
-        """Hidden states [..., D] that enter layer 0 for tokens [...] int64."""
+    def embed(self, tokens: Tensor | list[int]) -> Tensor:
+        """Hidden states [..., D] that enter layer 0 for tokens [...] int64, or a list of R of them."""
+        tokens = torch.tensor(tokens, device=self.device) if isinstance(tokens, list) else tokens
         hidden = torch.nn.functional.embedding(tokens, self.embedding)
         return hidden if self.config.embedding_scale == 1.0 else hidden * self.config.embedding_scale
 

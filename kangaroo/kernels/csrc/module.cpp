@@ -8,7 +8,9 @@
 #include <nanobind/stl/tuple.h>
 #include <nanobind/stl/vector.h>
 
+#include <algorithm>
 #include <chrono>
+#include <cmath>
 #include <mutex>
 #include <stdexcept>
 
@@ -263,121 +265,322 @@ void run_head(const Weight& weight, std::pair<uintptr_t, size_t> states, std::pa
   Pool::instance().run([&pass](Team& team) { active_kernels->run_head(pass, team); });
 }
 
-// Where a chain is drafted: the stack, its cache, the sequence there, its committed slots, and the rotary tables.
-using Place = std::tuple<const Stack&, const Cache&, size_t, size_t, Tables>;
+// Where drafting happens: the stack, its cache and the rotary tables.
+using Place = std::tuple<const Stack&, const Cache&, Tables>;
+// A sequence to draft for: its slot and committed tokens in the target's cache and in the drafter's, the root token,
+// how many of its states are pending, and how deep to draft.
+using Seed = std::tuple<size_t, size_t, size_t, size_t, int64_t, size_t, size_t>;
+// Tokens, parents and confidences of a draft's nodes.
+using Nodes = std::tuple<std::vector<int64_t>, std::vector<int32_t>, std::vector<float>>;
 
-// A chain drafted token by token in one call: embed, layers [0, exit_layer) of the target, the adapter's one layer,
-// norm, head, argmax, until num_tokens are drafted or a confidence is below threshold.
-struct Chain {
-  const Weight* embedding;
-  float embedding_scale, threshold;
-  // The adapter's first pass catches up with what is pending; each later one runs a single row.
-  Pass shallow, catch_up, adapter;
-  HeadPass head;
-  float* states;  // [num_tokens + 1, D], those of the nodes that leave the shallow layers
-  std::vector<float> entering, predicting;
-  std::vector<int64_t> tokens;  // of the nodes; the root's is given
-  std::vector<float> confidences;
-  size_t num_drafted = 0;
+// A draft as it grows, level by level; drafters/tree.py says by which rule.
+struct Tree {
+  size_t slot, base, adapter_slot, adapter_base, num_pending, max_depth;
+  std::vector<int64_t> tokens;
+  std::vector<int32_t> parents{-1};
+  std::vector<float> confidences{1.0f};
+  std::vector<double> chances{1.0};
+  std::vector<float> states;  // [nodes, D], those that leave the shallow layers
+  size_t spine = 0, depth = 0;
+  size_t level = 0, frontier_end = 1;  // the newest level starts at level, its frontier ends at frontier_end
+  bool is_chain = true;
 
-  // Point the passes at a node; every pass reads what this wrote behind a barrier.
-  void prepare(size_t node) {
-    const size_t size = embedding->num_inputs;
-    unpack_row(*embedding, static_cast<size_t>(tokens[node]), entering.data());
-    for (float& value : entering) value *= embedding_scale;
-    move(shallow, node);
-    shallow.out = states + node * size;
-    if (node == confidences.size()) return;
-    if (node > 0) move(adapter, node);
-    adapter.hidden = shallow.out;
-    head.hidden = node == 0 ? predicting.data() + (catch_up.num_rows - 1) * size : predicting.data();
-    head.argmax = &tokens[node + 1];
-    head.confidence = &confidences[node];
+  size_t num_nodes() const { return tokens.size(); }
+  size_t num_growing() const { return depth < max_depth ? frontier_end - level : 0; }
+  // The parents of the first nodes, none where they are a chain.
+  std::optional<std::vector<int32_t>> parents_of(size_t count) const {
+    if (is_chain) return std::nullopt;
+    return std::vector<int32_t>(parents.begin(), parents.begin() + static_cast<ptrdiff_t>(count));
+  }
+};
+
+// What a tree may grow to.
+struct Growth {
+  size_t num_siblings, max_nodes;
+  float threshold;
+  double price;
+};
+
+// A guess for the token behind a node.
+struct Guess {
+  bool on_spine;
+  double chance;
+  size_t node;
+  int64_t token;
+  float confidence;
+};
+
+// Trees drafted greedily in one call: embed, layers [0, exit_layer) of the target, the adapter's one layer, norm, head,
+// best guesses, level by level for all sequences at once.
+class Drafting {
+ public:
+  Drafting(const Place& target, const Place& adapter, size_t exit_layer, const Growth& growth, const Weight& embedding,
+           float embedding_scale, const HeadPass& head)
+      : target_(target), adapter_(adapter), exit_layer_(exit_layer), growth_(growth), embedding_(embedding),
+        embedding_scale_(embedding_scale), head_(head), size_(embedding.num_inputs) {}
+
+  std::vector<Tree> trees;
+
+  // pending: [P, D], the states the adapter has not seen, sequence by sequence.
+  void start(const float* pending) {
+    pending_ = pending;
+    prepare_shallow();
   }
 
   void run(Team& team) {
-    for (size_t node = 0; node <= confidences.size(); ++node) {
-      if (team.thread == 0) prepare(node);
+    for (;;) {
+      active_kernels->run_span(shallow_, team);
+      if (team.thread == 0) prepare_adapter();
       team.meet();
-      active_kernels->run_span(shallow, team);
-      // Every thread reads the same confidence, behind the barrier that ended the head's pass.
-      if (node == confidences.size() || (node > 0 && confidences[node - 1] < threshold)) return;
-      active_kernels->run_span(node == 0 ? catch_up : adapter, team);
-      active_kernels->run_head(head, team);
-      if (team.thread == 0) num_drafted = node + 1;
+      if (growing_.empty()) return;
+      active_kernels->run_span(adapter_pass_, team);
+      if (team.thread == 0) gather_heads();
       team.meet();
+      active_kernels->run_head(head_, team);
+      team.meet();
+      if (growth_.num_siblings > 1) {
+        for (size_t row = team.thread; row < head_.num_rows; row += team.num_threads) rank(row);
+        team.meet();
+      }
+      if (team.thread == 0) grow();
+      team.meet();
+      if (shallow_.num_rows == 0) return;
     }
   }
 
  private:
-  static void move(Pass& pass, size_t node) {
-    pass.segments[0].base = pass.rows[0].slot = pass.rows[0].position = pass.first_slot + node;
+  // Point the shallow pass at the newest level of every tree.
+  void prepare_shallow() {
+    const auto& [stack, cache, tables] = target_;
+    workspace().reset();
+    shallow_ = make_pass(stack, cache, {0, exit_layer_}, tables);
+    level_.clear();
+    for (Tree& tree : trees) {
+      const size_t count = tree.num_nodes() - tree.level;
+      if (count == 0 || tree.depth != depth_) continue;
+      add_rows(shallow_, {tree.slot, tree.base, tree.level, count, tree.parents_of(tree.num_nodes())},
+               std::get<2>(tables));
+      level_.push_back(&tree);
+    }
+    shallow_.num_rows = shallow_.rows.size();
+    if (shallow_.num_rows == 0) return;
+    entering_.resize(shallow_.num_rows * size_);
+    leaving_.resize(shallow_.num_rows * size_);
+    float* row = entering_.data();
+    for (const Tree* tree : level_) {
+      for (size_t node = tree->level; node < tree->num_nodes(); ++node, row += size_) {
+        unpack_row(embedding_, static_cast<size_t>(tree->tokens[node]), row);
+        for (size_t i = 0; i < size_; ++i) row[i] *= embedding_scale_;
+      }
+    }
+    shallow_.hidden = entering_.data();
+    shallow_.out = leaving_.data();
+    workspace().prepare(shallow_, Pool::instance().num_threads());
   }
+
+  // Keep the states of the level, and point the adapter's pass at the frontiers; the first one catches up.
+  void prepare_adapter() {
+    const auto& [stack, cache, tables] = adapter_;
+    const float* row = leaving_.data();
+    for (Tree* tree : level_) {
+      const size_t numbers = (tree->num_nodes() - tree->level) * size_;
+      tree->states.insert(tree->states.end(), row, row + numbers);
+      row += numbers;
+    }
+    growing_.clear();
+    fresh_.clear();
+    workspace().reset();
+    adapter_pass_ = make_pass(stack, cache, {0, 1}, tables);
+    size_t num_heads = 0;
+    for (Tree* tree : level_) {
+      const size_t count = tree->num_growing();
+      if (depth_ == 0) {
+        const float* pending = pending_;
+        pending_ += tree->num_pending * size_;
+        if (count == 0) continue;
+        add_rows(adapter_pass_, {tree->adapter_slot, tree->adapter_base, 0, tree->num_pending + 1, std::nullopt},
+                 std::get<2>(tables));
+        fresh_.insert(fresh_.end(), pending, pending_);
+        tree->adapter_base += tree->num_pending;
+      } else if (count > 0) {
+        add_rows(adapter_pass_,
+                 {tree->adapter_slot, tree->adapter_base, tree->level, count, tree->parents_of(tree->frontier_end)},
+                 std::get<2>(tables));
+      }
+      if (count == 0) continue;
+      const float* states = tree->states.data() + tree->level * size_;
+      fresh_.insert(fresh_.end(), states, states + count * size_);
+      growing_.push_back(tree);
+      num_heads += count;
+    }
+    if (growing_.empty()) return;
+    adapter_pass_.num_rows = adapter_pass_.rows.size();
+    adapted_.resize(adapter_pass_.num_rows * size_);
+    adapter_pass_.hidden = fresh_.data();
+    adapter_pass_.out = adapted_.data();
+    head_.num_rows = num_heads;
+    best_.resize(num_heads);
+    confidences_.resize(num_heads);
+    head_.argmax = best_.data();
+    head_.confidence = confidences_.data();
+    if (growth_.num_siblings > 1) {
+      logits_.resize(num_heads * head_.head->num_outputs);
+      head_.logits = logits_.data();
+      ranked_.resize(num_heads);
+    }
+    head_.normed.clear();
+    head_.best_values.clear();
+    head_.best_ids.clear();
+    const size_t num_threads = Pool::instance().num_threads();
+    workspace().prepare(adapter_pass_, num_threads);
+    workspace().prepare(head_, num_threads);
+  }
+
+  // The head reads what left the adapter for the frontiers: of rows that caught up, the last alone.
+  void gather_heads() {
+    head_.hidden = adapted_.data();
+    if (depth_ > 0) return;
+    float* to = adapted_.data();
+    const float* from = adapted_.data();
+    for (const Tree* tree : growing_) {
+      from += tree->num_pending * size_;
+      std::memmove(to, from, size_ * sizeof(float));
+      from += size_;
+      to += size_;
+    }
+  }
+
+  // The best guesses behind a row, the lowest id first where logits are equal, with their probabilities.
+  void rank(size_t row) {
+    const float* logits = logits_.data() + row * head_.head->num_outputs;
+    auto& found = ranked_[row];
+    found.clear();
+    for (size_t id = 0; id < head_.head->num_outputs; ++id) {
+      if (found.size() == growth_.num_siblings && !(logits[id] > logits[found.back().first])) continue;
+      if (found.size() == growth_.num_siblings) found.pop_back();
+      auto place = found.end();
+      while (place != found.begin() && logits[id] > logits[(place - 1)->first]) --place;
+      found.insert(place, {static_cast<int64_t>(id), 0.0f});
+    }
+    const float largest = logits[best_[row]];
+    for (auto& [id, probability] : found) probability = confidences_[row] * std::exp(logits[id] - largest);
+  }
+
+  // Add a level to every tree that grows.
+  void grow() {
+    size_t row = 0;
+    ++depth_;
+    for (Tree* tree : growing_) {
+      std::vector<Guess> found;
+      for (size_t node = tree->level; node < tree->frontier_end; ++node, ++row) {
+        if (growth_.num_siblings == 1) add_guess(*tree, found, {false, confidences_[row], node, best_[row], 0}, 0, row);
+        for (size_t sibling = 0; growth_.num_siblings > 1 && sibling < ranked_[row].size(); ++sibling) {
+          const auto& [token, probability] = ranked_[row][sibling];
+          add_guess(*tree, found, {false, probability, node, token, 0}, sibling, row);
+        }
+      }
+      add_level(*tree, found);
+    }
+    prepare_shallow();
+  }
+
+  void add_guess(const Tree& tree, std::vector<Guess>& found, Guess guess, size_t sibling, size_t row) const {
+    guess.confidence = sibling == 0 ? confidences_[row] : static_cast<float>(guess.chance);
+    guess.on_spine = sibling == 0 && guess.node == tree.spine;
+    guess.chance *= tree.chances[guess.node];
+    if (guess.on_spine || guess.chance >= growth_.price) found.push_back(guess);
+  }
+
+  void add_level(Tree& tree, std::vector<Guess>& found) const {
+    std::stable_sort(found.begin(), found.end(), [](const Guess& one, const Guess& other) {
+      return std::pair(one.on_spine, one.chance) > std::pair(other.on_spine, other.chance);
+    });
+    found.resize(std::min(found.size(), growth_.max_nodes - tree.num_nodes()));
+    const auto grows = [this](const Guess& guess) { return guess.confidence >= growth_.threshold; };
+    const auto end = std::stable_partition(found.begin(), found.end(), grows);
+    tree.level = tree.num_nodes();
+    tree.depth = depth_;
+    for (const Guess& guess : found) {
+      const size_t node = tree.num_nodes();
+      if (guess.on_spine) tree.spine = node;
+      tree.is_chain &= guess.node + 1 == node;
+      tree.tokens.push_back(guess.token);
+      tree.parents.push_back(static_cast<int32_t>(guess.node));
+      tree.confidences.push_back(guess.confidence);
+      tree.chances.push_back(guess.chance);
+    }
+    const bool is_full = tree.num_nodes() >= growth_.max_nodes;
+    tree.frontier_end = tree.level + (is_full ? 0 : static_cast<size_t>(end - found.begin()));
+  }
+
+  const Place& target_;
+  const Place& adapter_;
+  size_t exit_layer_;
+  Growth growth_;
+  const Weight& embedding_;
+  float embedding_scale_;
+  HeadPass head_;
+  size_t size_, depth_ = 0;
+  const float* pending_ = nullptr;
+  Pass shallow_, adapter_pass_;
+  std::vector<Tree*> level_, growing_;
+  std::vector<float> entering_, leaving_, fresh_, adapted_, logits_, confidences_;
+  std::vector<int64_t> best_;
+  std::vector<std::vector<std::pair<int64_t, float>>> ranked_;
 };
 
-// states: [num_pending + num_tokens + 1, D]: the adapter's unseen states, then one row a node, filled here with those
-// that enter layer exit_layer. Returns the drafted tokens and their confidences.
-std::pair<std::vector<int64_t>, std::vector<float>> draft_chain(
-    const Place& target, const Place& drafter, std::tuple<size_t, int64_t, size_t, float> plan,
-    std::pair<uintptr_t, size_t> states_pending, std::tuple<const Weight&, float> embedding,
-    std::tuple<const Weight&, uintptr_t, float, float> head) {
-  const auto& [stack, cache, sequence, base, tables] = target;
-  const auto& [adapter, adapter_cache, adapter_sequence, adapter_base, adapter_tables] = drafter;
-  const auto [exit_layer, root, num_tokens, threshold] = plan;
-  const auto [states, num_pending] = states_pending;
+// pending_states: addresses of the states [P, D] the adapter has not seen and of room for those of every node that
+// leave layer exit_layer, written sequence by sequence, and how many rows that room has. plan: exit layer, siblings,
+// most nodes, threshold, price. Returns the nodes of every sequence.
+std::vector<Nodes> draft(const Place& target, const Place& adapter, const std::vector<Seed>& seeds,
+                         std::tuple<size_t, size_t, size_t, float, double> plan,
+                         std::tuple<uintptr_t, uintptr_t, size_t> pending_states,
+                         std::tuple<const Weight&, float, const Weight&, uintptr_t, float, float> embedding_head) {
+  const auto& [exit_layer, num_siblings, max_nodes, threshold, price] = plan;
+  const auto& [pending, states, num_rows] = pending_states;
+  const auto& [embedding, embedding_scale, output, norm, norm_eps, softcap] = embedding_head;
+  const Stack& stack = std::get<0>(target);
   const size_t size = stack.shape.hidden_size;
-  Chain chain{};
-  chain.embedding = &std::get<0>(embedding);
-  chain.embedding_scale = std::get<1>(embedding);
-  chain.threshold = threshold;
-  const Weight& output = std::get<0>(head);
-  require(adapter.shape.hidden_size == size && chain.embedding->num_inputs == size && output.num_inputs == size,
+  require(std::get<0>(adapter).shape.hidden_size == size && embedding.num_inputs == size && output.num_inputs == size,
           "target, adapter and head must have one hidden size");
-  require(!output.paired && !chain.embedding->paired, "a head is no paired weight");
-  require(root >= 0 && static_cast<size_t>(root) < num_rows_of(*chain.embedding) &&
-              num_rows_of(output) <= num_rows_of(*chain.embedding),
-          "every token must have an embedding");
-  require(adapter.layers.size() == 1 && num_tokens > 0, "a chain needs an adapter of one layer and tokens to draft");
-  chain.tokens.assign(num_tokens + 1, root);
-  chain.confidences.resize(num_tokens);
-  chain.entering.resize(size);
-  chain.predicting.resize((num_pending + 1) * size);
-  chain.states = at<float>(states) + num_pending * size;
-
-  // Made for the last node, which has the largest slot and position, so that all are checked; then moved about.
-  chain.shallow = make_pass(stack, cache, {0, exit_layer}, tables);
-  add_rows(chain.shallow, {sequence, base + num_tokens, 0, 1, std::nullopt}, std::get<2>(tables));
-  chain.shallow.first_slot = base;
-  chain.shallow.hidden = chain.entering.data();
-  chain.catch_up = make_pass(adapter, adapter_cache, {0, 1}, adapter_tables);
-  chain.adapter = chain.catch_up;
-  add_rows(chain.catch_up, {adapter_sequence, adapter_base, 0, num_pending + 1, std::nullopt},
-           std::get<2>(adapter_tables));
-  chain.catch_up.hidden = at<const float>(states);
-  add_rows(chain.adapter, {adapter_sequence, adapter_base + num_pending + num_tokens - 1, 0, 1, std::nullopt},
-           std::get<2>(adapter_tables));
-  chain.adapter.first_slot = adapter_base + num_pending;
-  for (Pass* pass : {&chain.shallow, &chain.catch_up, &chain.adapter}) pass->num_rows = pass->rows.size();
-  chain.catch_up.out = chain.adapter.out = chain.predicting.data();
-  chain.head.head = &output;
-  chain.head.norm = at<const float>(std::get<1>(head));
-  chain.head.norm_eps = std::get<2>(head);
-  chain.head.softcap = std::get<3>(head);
-  chain.head.num_rows = 1;
-  chain.head.confidence = chain.confidences.data();
+  require(!output.paired && !embedding.paired, "a head is no paired weight");
+  require(num_rows_of(output) <= num_rows_of(embedding), "every token must have an embedding");
+  require(std::get<0>(adapter).layers.size() == 1 && exit_layer > 0, "a draft needs an adapter of one layer");
+  require(num_siblings > 0 && max_nodes > 1 && !seeds.empty(), "a draft needs sequences and room for guesses");
+  HeadPass head{};
+  head.head = &output;
+  head.norm = at<const float>(norm);
+  head.norm_eps = norm_eps;
+  head.softcap = softcap;
+  Drafting drafting(target, adapter, exit_layer, {num_siblings, max_nodes, threshold, price}, embedding,
+                    embedding_scale, head);
+  // Nothing may be refused once the threads run: the largest trees there can be are checked here.
+  Pass shallow = make_pass(stack, std::get<1>(target), {0, exit_layer}, std::get<2>(target));
+  Pass adapted = make_pass(std::get<0>(adapter), std::get<1>(adapter), {0, 1}, std::get<2>(adapter));
+  size_t most_rows = 0;
+  for (const auto& [slot, base, adapter_slot, adapter_base, root, num_pending, max_depth] : seeds) {
+    require(root >= 0 && static_cast<size_t>(root) < num_rows_of(embedding), "every token must have an embedding");
+    const size_t most = num_siblings == 1 ? std::min(max_nodes, max_depth + 1) : max_nodes;
+    add_rows(shallow, {slot, base, 0, most, std::nullopt}, std::get<2>(std::get<2>(target)));
+    add_rows(adapted, {adapter_slot, adapter_base, num_pending, most, std::nullopt}, std::get<2>(std::get<2>(adapter)));
+    most_rows += most;
+    Tree tree{slot, base, adapter_slot, adapter_base, num_pending, max_depth, {root}};
+    drafting.trees.push_back(std::move(tree));
+  }
+  require(num_rows >= most_rows, "there must be room for every node's states");
   {
     nb::gil_scoped_release released;
     std::lock_guard<std::mutex> lock(pass_mutex);
-    const size_t num_threads = Pool::instance().num_threads();
-    workspace().reset();
-    for (Pass* pass : {&chain.shallow, &chain.catch_up, &chain.adapter}) workspace().prepare(*pass, num_threads);
-    workspace().prepare(chain.head, num_threads);
-    Pool::instance().run([&chain](Team& team) { chain.run(team); });
+    drafting.start(at<const float>(pending));
+    Pool::instance().run([&drafting](Team& team) { drafting.run(team); });
   }
-  chain.tokens.erase(chain.tokens.begin());
-  chain.tokens.resize(chain.num_drafted);
-  chain.confidences.resize(chain.num_drafted);
-  return {chain.tokens, chain.confidences};
+  std::vector<Nodes> drafted;
+  float* to = at<float>(states);
+  for (Tree& tree : drafting.trees) {
+    to = std::copy(tree.states.begin(), tree.states.end(), to);
+    drafted.emplace_back(std::move(tree.tokens), std::move(tree.parents), std::move(tree.confidences));
+  }
+  return drafted;
 }
 
 void run_linear(const Weight& weight, uintptr_t hidden, size_t num_rows, uintptr_t out) {
@@ -496,8 +699,7 @@ NB_MODULE(_native, module) {
       .def("add_layer", &Stack::add_layer, "weights"_a, "norms"_a, "window"_a)
       .def("run", &run, "cache"_a, "span"_a, "segments"_a, "hidden_out"_a, "tables"_a, "taps"_a);
   module.def("run_head", &run_head, "weight"_a, "states"_a, "norm"_a, "softcap"_a, "out"_a);
-  module.def("draft_chain", &draft_chain, "target"_a, "drafter"_a, "plan"_a, "states_pending"_a, "embedding"_a,
-             "head"_a);
+  module.def("draft", &draft, "target"_a, "adapter"_a, "seeds"_a, "plan"_a, "pending_states"_a, "embedding_head"_a);
   module.def("linear", &run_linear, "weight"_a, "hidden"_a, "num_rows"_a, "out"_a);
   module.def("instruction_sets", &instruction_sets);
   module.def("select", &select_instruction_set, "name"_a);

@@ -110,7 +110,6 @@ struct Pass {
   const std::vector<Layer>* layers;
   const Cache* cache;
   size_t start, stop, num_rows;
-  size_t first_slot;  // where a pass that is moved from node to node begins
   std::vector<Segment> segments;
   std::vector<Row> rows;
   const float* hidden;         // [R, D]
