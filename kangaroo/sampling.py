@@ -74,13 +74,12 @@ def needs_logits(params: SamplingParams) -> bool:
 
     A minimum length counts throughout, although it forbids nothing once it is reached.
     """
-    return bool(
-        params.temperature > 0
-        or params.logit_bias
-        or params.min_new_tokens > 0
-        or params.logprobs is not None
-        or _has_penalty(params)
-    )
+    return params.temperature > 0 or params.logprobs is not None or reads_prefix(params)
+
+
+def reads_prefix(params: SamplingParams) -> bool:
+    """Whether the pick is shaped by more than temperature, top_k, top_p and min_p: by the text before, or by id."""
+    return bool(params.logit_bias or params.min_new_tokens > 0 or _has_penalty(params))
 
 
 def process(logits: Tensor, params: SamplingParams, *, prefix: Prefix, drafted: Sequence[int] = ()) -> Tensor:

@@ -12,7 +12,7 @@ import sys
 import tempfile
 import time
 import weakref
-from collections.abc import Iterator
+from collections.abc import Iterator, Sequence
 from ctypes.util import find_library
 from dataclasses import dataclass
 from importlib import import_module
@@ -87,19 +87,25 @@ class TransformersContender:
 
     def generate(self, prompt_ids: tuple[int, ...], *, max_new_tokens: int) -> Run:
         """Continue the prompt greedily."""
-        inputs = torch.tensor([prompt_ids])
         started_s = time.perf_counter()
+        (token_ids,) = self.generate_batch([prompt_ids], max_new_tokens=max_new_tokens)
+        return Run(token_ids, time.perf_counter() - started_s)
+
+    def generate_batch(self, prompts: Sequence[tuple[int, ...]], *, max_new_tokens: int) -> list[tuple[int, ...]]:
+        """Continue prompts of any lengths together, padded on the left; a text that ended early is padded with 0."""
+        longest = max(map(len, prompts))
+        inputs = torch.tensor([[0] * (longest - len(prompt)) + list(prompt) for prompt in prompts])
+        lengths = torch.tensor([len(prompt) for prompt in prompts])
         output = self._model.generate(
             inputs,
-            attention_mask=torch.ones_like(inputs),
+            attention_mask=(torch.arange(longest) >= longest - lengths[:, None]).long(),
             do_sample=False,
             max_length=None,
             max_new_tokens=max_new_tokens,
             eos_token_id=self._eos_ids,
             pad_token_id=0,
         )
-        wall_time_s = time.perf_counter() - started_s
-        return Run(tuple(output[0, len(prompt_ids) :].tolist()), wall_time_s)
+        return [tuple(row) for row in output[:, longest:].tolist()]
 
 
 class LlamaCppContender:

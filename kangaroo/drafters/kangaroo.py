@@ -23,10 +23,11 @@ from kangaroo.drafters.stopping import ConfidenceThreshold, FixedLength, Stoppin
 from kangaroo.drafters.tree import CHAIN, Branching, Guesses, Tree
 from kangaroo.model.cache import CachedPass
 from kangaroo.model.transformer import Transformer
-from kangaroo.sampling import DRAFT_STREAM, choose_children, derive_seed, distribution, needs_logits
+from kangaroo.sampling import DRAFT_STREAM, choose_children, derive_seed, distribution, needs_logits, reads_prefix
 from kangaroo.types import Draft, Outcome, SamplingParams
 
 if TYPE_CHECKING:
+    from kangaroo.kernels.cpu import Draw
     from kangaroo.model.checkpoint import LoadedModel
     from kangaroo.model.packed import PackedTransformer
 
@@ -68,6 +69,17 @@ class _Memory:
     def is_coupled(self) -> bool:
         """Whether guesses share the target's noise, and need not tell what they were drawn from."""
         return self.params.acceptance == "coupling" or self.params.temperature == 0
+
+    @property
+    def is_plain(self) -> bool:
+        """Whether the native kernels can guess by themselves."""
+        return self.is_coupled and not reads_prefix(self.params)
+
+    @property
+    def draw(self) -> Draw:
+        """How the native kernels draw guesses."""
+        params = self.params
+        return params.seed or 0, params.temperature, params.top_k, params.top_p, params.min_p
 
 
 @dataclass
@@ -116,10 +128,10 @@ class KangarooDrafter:
         growing = [growth for growth in growths if growth.max_depth > 0]
         if not growing:
             return draft_roots(batch)
-        is_greedy = not any(needs_logits(growth.memory.params) for growth in growing)
-        if is_greedy and self._adapter.packed is not None:
+        if self._adapter.packed is not None and all(growth.memory.is_plain for growth in growing):
             return self._draft_in_one_call(batch, growths)
-        is_greedy = is_greedy and self._branching.num_siblings == 1
+        is_chain = self._branching.num_siblings == 1
+        is_greedy = is_chain and not any(needs_logits(growth.memory.params) for growth in growing)
         # Filled on the device: a copy from the host would wait for it.
         device = self._target.device
         roots = [torch.full((1,), growth.tree.tokens[0], device=device) for growth in growths]
@@ -275,20 +287,20 @@ class KangarooDrafter:
         )
 
     def _draft_in_one_call(self, batch: Batch, growths: SequenceOf[_Growth]) -> Draft:
-        """The same trees, greedy and on packed weights, without returning to Python between levels."""
+        """The same trees, on packed weights, without returning to Python between levels."""
         assert self._adapter.packed is not None, "packed weights only"
         nothing = torch.empty(0, self._target.config.hidden_size)
         pending = [self._shorten(growth) if growth.max_depth > 0 else nothing for growth in growths]
-        seeds = []
+        starts = []
         for growth, states in zip(growths, pending, strict=True):
             slot = growth.sequence.slot
-            seeds.append((slot, batch.cache.lengths[slot], slot, self._cache.lengths[slot], growth.tree.tokens[0],
-                          len(states), growth.max_depth))  # fmt: skip
+            starts.append((slot, batch.cache.lengths[slot], slot, self._cache.lengths[slot], growth.tree.tokens[0],
+                           len(states), growth.max_depth, growth.memory.draw))  # fmt: skip
         stopping, branching = self._stopping, self._branching
         drafted, states = cast("PackedTransformer", self._target).draft(
             (batch.cache, self._cache),
             self._adapter.packed,
-            seeds=seeds,
+            starts=starts,
             plan=(self.exit_layer, branching.num_siblings, branching.max_nodes, stopping.threshold, batch.node_price),
             pending=pending[0] if len(pending) == 1 else torch.cat(pending),
             norm=self._adapter.final_norm,

@@ -90,9 +90,11 @@ def linear(hidden: Tensor, weight: Weight) -> Tensor:
     return out
 
 
+# How guesses are drawn: seed, temperature (0 is greedy), top_k (0 is off), top_p and min_p.
+Draw = tuple[int, float, int, float, float]
 # A sequence to draft for: slot and committed tokens in the target's cache, the same in the adapter's, root token,
-# pending states, most levels.
-Seed = tuple[int, int, int, int, int, int, int]
+# pending states, most levels, and how to draw.
+Start = tuple[int, int, int, int, int, int, int, Draw]
 # Tokens, parents and confidences of a draft's nodes, root first.
 Nodes = tuple[list[int], list[int], list[float]]
 
@@ -178,10 +180,10 @@ class Head:
         return ids, confidence
 
     def draft(
-        self, target: Place, adapter: Place, *, seeds: Sequence[Seed], plan: tuple[int, int, int, float, float],
+        self, target: Place, adapter: Place, *, starts: Sequence[Start], plan: tuple[int, int, int, float, float],
         pending: Tensor, embedding_norm: tuple[Weight, float, Tensor]
     ) -> tuple[list[Nodes], Tensor]:  # fmt: skip
-        """Draft greedily in one call: layers [0, e) of target, the adapter's one layer, norm [D], this head.
+        """Draft in one call: layers [0, e) of target, the adapter's one layer, norm [D], this head.
 
         plan: exit layer e, siblings a node may have, most nodes of a draft, the confidence below which a node gets no
         children, and the chance a node must promise; trees grow as drafters/tree.py says. pending: [P, D], states
@@ -190,14 +192,14 @@ class Head:
         """
         embedding, scale, norm = embedding_norm
         size, max_nodes = self.weight.num_inputs, plan[2]
-        most = [max_nodes if plan[1] > 1 else min(max_nodes, seed[6] + 1) for seed in seeds]
+        most = [max_nodes if plan[1] > 1 else min(max_nodes, start[6] + 1) for start in starts]
         states = torch.empty(sum(most), size)
         drafted = _native.draft(
             target[0].place(target[1], target[2]),
             adapter[0].place(adapter[1], adapter[2]),
-            seeds,
+            starts,
             plan,
-            (_address(pending, (sum(seed[5] for seed in seeds), size)), states.data_ptr(), len(states)),
+            (_address(pending, (sum(start[5] for start in starts), size)), states.data_ptr(), len(states)),
             (embedding, scale, self.weight, _address(norm, (size,)), self._norm_eps, self._softcap),
         )
         return drafted, states[: sum(len(tokens) for tokens, _, _ in drafted)]

@@ -158,15 +158,15 @@ class PackedTransformer(Transformer):
         return self._head.guess(hidden, norm)
 
     def draft(
-        self, caches: tuple[KVCache, KVCache], adapter: PackedStack, *, seeds: Sequence[cpu.Seed],
+        self, caches: tuple[KVCache, KVCache], adapter: PackedStack, *, starts: Sequence[cpu.Start],
         plan: tuple[int, int, int, float, float], pending: Tensor, norm: Tensor
     ) -> tuple[list[cpu.Nodes], Tensor]:  # fmt: skip
         """Draft with layers [0, e) and an adapter in one call, caches being theirs; cpu.Head.draft says how."""
-        num_more = min(plan[2], 1 + max(seed[6] for seed in seeds)) if plan[1] == 1 else plan[2]
+        num_more = min(plan[2], 1 + max(start[6] for start in starts)) if plan[1] == 1 else plan[2]
         return self._head.draft(
-            self._stack.place(caches[0], max(seed[1] for seed in seeds) + num_more),
-            adapter.place(caches[1], max(seed[3] + seed[5] for seed in seeds) + num_more),
-            seeds=seeds,
+            self._stack.place(caches[0], max(start[1] for start in starts) + num_more),
+            adapter.place(caches[1], max(start[3] + start[5] for start in starts) + num_more),
+            starts=starts,
             plan=plan,
             pending=pending,
             embedding_norm=(self._embedding, self.config.embedding_scale, norm),

@@ -267,15 +267,18 @@ void run_head(const Weight& weight, std::pair<uintptr_t, size_t> states, std::pa
 
 // Where drafting happens: the stack, its cache and the rotary tables.
 using Place = std::tuple<const Stack&, const Cache&, Tables>;
+// How guesses are drawn: seed, temperature (0 is greedy), top_k (0 is off), top_p and min_p.
+using Draw = std::tuple<uint64_t, float, size_t, double, double>;
 // A sequence to draft for: its slot and committed tokens in the target's cache and in the drafter's, the root token,
-// how many of its states are pending, and how deep to draft.
-using Seed = std::tuple<size_t, size_t, size_t, size_t, int64_t, size_t, size_t>;
+// how many of its states are pending, how deep to draft, and how to draw.
+using Start = std::tuple<size_t, size_t, size_t, size_t, int64_t, size_t, size_t, Draw>;
 // Tokens, parents and confidences of a draft's nodes.
 using Nodes = std::tuple<std::vector<int64_t>, std::vector<int32_t>, std::vector<float>>;
 
 // A draft as it grows, level by level; drafters/tree.py says by which rule.
 struct Tree {
   size_t slot, base, adapter_slot, adapter_base, num_pending, max_depth;
+  Draw draw;
   std::vector<int64_t> tokens;
   std::vector<int32_t> parents{-1};
   std::vector<float> confidences{1.0f};
@@ -310,7 +313,77 @@ struct Guess {
   float confidence;
 };
 
-// Trees drafted greedily in one call: embed, layers [0, exit_layer) of the target, the adapter's one layer, norm, head,
+// The splitmix64 output function (Steele, Lea, Flood 2014), as in kangaroo/noise.py.
+inline uint64_t mix(uint64_t state) {
+  state = state * 0x9E3779B97F4A7C15u + 0x94D049BB133111EBu;
+  state = (state ^ state >> 30) * 0xBF58476D1CE4E5B9u;
+  state = (state ^ state >> 27) * 0x94D049BB133111EBu;
+  return state ^ state >> 31;
+}
+
+// The best guesses by perturbed logits, best first: noise is that of kangaroo/noise.py, so that guesses agree with what
+// the target will choose. Only an aid to acceptance: unlike the target's choice it need not be exact to the bit.
+class Lottery {
+ public:
+  Lottery(const Draw& draw, size_t position, const float* logits, size_t num_logits, int64_t best)
+      : draw_(draw), logits_(logits), num_logits_(num_logits), largest_(logits[best]),
+        key_(mix(mix(std::get<0>(draw)) + position)), weights_(num_logits) {
+    const float temperature = std::get<1>(draw);
+    for (size_t id = 0; id < num_logits; ++id) weights_[id] = std::exp((logits[id] - largest_) / temperature);
+  }
+
+  std::vector<int64_t> draw(size_t count) const {
+    std::vector<std::pair<double, int64_t>> found;
+    // Noise is at most as likely to exceed t as exp(-t), which tells almost all tokens without a logarithm.
+    double reach = 0;
+    // Some of the best may be cut off; a few more stand by.
+    const size_t wanted = count + 8;
+    const double temperature = std::get<1>(draw_);
+    for (size_t id = 0; id < num_logits_; ++id) {
+      const double uniform = (static_cast<double>(mix(key_ + id) >> 12) + 0.5) * 0x1p-52;
+      if ((1 - uniform) * reach > weights_[id]) continue;
+      const double score = (logits_[id] - largest_) / temperature - std::log(-std::log(uniform));
+      if (found.size() == wanted && score <= found.back().first) continue;
+      if (found.size() == wanted) found.pop_back();
+      const auto place = std::find_if(found.begin(), found.end(), [&](const auto& one) { return score > one.first; });
+      found.insert(place, {score, static_cast<int64_t>(id)});
+      if (found.size() == wanted) reach = std::exp(found.back().first);
+    }
+    std::vector<int64_t> kept;
+    for (const auto& [score, id] : found) {
+      if (kept.size() < count && survives(id)) kept.push_back(id);
+    }
+    if (kept.empty()) kept.push_back(found.front().second);
+    return kept;
+  }
+
+ private:
+  // Whether top_k, top_p and min_p let a token stay, by the tokens more likely than it.
+  bool survives(int64_t id) const {
+    const auto& [seed, temperature, top_k, top_p, min_p] = draw_;
+    const float own = weights_[id];
+    if (own < min_p) return false;
+    if (top_k == 0 && top_p >= 1) return true;
+    size_t num_above = 0;
+    double above = 0, total = 0;
+    for (const float weight : weights_) {
+      total += weight;
+      if (weight <= own) continue;
+      ++num_above;
+      above += weight;
+    }
+    return (top_k == 0 || num_above < top_k) && above < top_p * total;
+  }
+
+  const Draw& draw_;
+  const float* logits_;
+  size_t num_logits_;
+  float largest_;
+  uint64_t key_;
+  std::vector<float> weights_;
+};
+
+// Trees drafted in one call: embed, layers [0, exit_layer) of the target, the adapter's one layer, norm, head,
 // best guesses, level by level for all sequences at once.
 class Drafting {
  public:
@@ -324,6 +397,8 @@ class Drafting {
   // pending: [P, D], the states the adapter has not seen, sequence by sequence.
   void start(const float* pending) {
     pending_ = pending;
+    needs_logits_ = growth_.num_siblings > 1;
+    for (const Tree& tree : trees) needs_logits_ |= std::get<1>(tree.draw) > 0;
     prepare_shallow();
   }
 
@@ -338,7 +413,7 @@ class Drafting {
       team.meet();
       active_kernels->run_head(head_, team);
       team.meet();
-      if (growth_.num_siblings > 1) {
+      if (needs_logits_) {
         for (size_t row = team.thread; row < head_.num_rows; row += team.num_threads) rank(row);
         team.meet();
       }
@@ -423,7 +498,7 @@ class Drafting {
     confidences_.resize(num_heads);
     head_.argmax = best_.data();
     head_.confidence = confidences_.data();
-    if (growth_.num_siblings > 1) {
+    if (needs_logits_) {
       logits_.resize(num_heads * head_.head->num_outputs);
       head_.logits = logits_.data();
       ranked_.resize(num_heads);
@@ -450,20 +525,36 @@ class Drafting {
     }
   }
 
-  // The best guesses behind a row, the lowest id first where logits are equal, with their probabilities.
+  // The best guesses behind a row with their probabilities.
   void rank(size_t row) {
-    const float* logits = logits_.data() + row * head_.head->num_outputs;
-    auto& found = ranked_[row];
-    found.clear();
-    for (size_t id = 0; id < head_.head->num_outputs; ++id) {
-      if (found.size() == growth_.num_siblings && !(logits[id] > logits[found.back().first])) continue;
-      if (found.size() == growth_.num_siblings) found.pop_back();
-      auto place = found.end();
-      while (place != found.begin() && logits[id] > logits[(place - 1)->first]) --place;
-      found.insert(place, {static_cast<int64_t>(id), 0.0f});
+    const size_t num_logits = head_.head->num_outputs;
+    const float* logits = logits_.data() + row * num_logits;
+    size_t node = row;
+    auto tree = growing_.begin();
+    for (; node >= (*tree)->num_growing(); ++tree) node -= (*tree)->num_growing();
+    // The newest level stands depth_ places behind the root, whose place is the number of committed tokens.
+    const Draw& draw = (*tree)->draw;
+    const std::vector<int64_t> best =
+        std::get<1>(draw) > 0
+            ? Lottery(draw, (*tree)->base + depth_, logits, num_logits, best_[row]).draw(growth_.num_siblings)
+            : find_largest(logits, num_logits);
+    ranked_[row].clear();
+    for (const int64_t id : best) {
+      ranked_[row].emplace_back(id, confidences_[row] * std::exp(logits[id] - logits[best_[row]]));
     }
-    const float largest = logits[best_[row]];
-    for (auto& [id, probability] : found) probability = confidences_[row] * std::exp(logits[id] - largest);
+  }
+
+  // The ids of the largest logits, the lowest first where they are equal.
+  std::vector<int64_t> find_largest(const float* logits, size_t num_logits) const {
+    std::vector<int64_t> found;
+    for (size_t id = 0; id < num_logits; ++id) {
+      if (found.size() == growth_.num_siblings && !(logits[id] > logits[found.back()])) continue;
+      if (found.size() == growth_.num_siblings) found.pop_back();
+      const auto place =
+          std::find_if(found.begin(), found.end(), [&](int64_t other) { return logits[id] > logits[other]; });
+      found.insert(place, static_cast<int64_t>(id));
+    }
+    return found;
   }
 
   // Add a level to every tree that grows.
@@ -473,8 +564,8 @@ class Drafting {
     for (Tree* tree : growing_) {
       std::vector<Guess> found;
       for (size_t node = tree->level; node < tree->frontier_end; ++node, ++row) {
-        if (growth_.num_siblings == 1) add_guess(*tree, found, {false, confidences_[row], node, best_[row], 0}, 0, row);
-        for (size_t sibling = 0; growth_.num_siblings > 1 && sibling < ranked_[row].size(); ++sibling) {
+        if (!needs_logits_) add_guess(*tree, found, {false, confidences_[row], node, best_[row], 0}, 0, row);
+        for (size_t sibling = 0; needs_logits_ && sibling < ranked_[row].size(); ++sibling) {
           const auto& [token, probability] = ranked_[row][sibling];
           add_guess(*tree, found, {false, probability, node, token, 0}, sibling, row);
         }
@@ -521,6 +612,7 @@ class Drafting {
   float embedding_scale_;
   HeadPass head_;
   size_t size_, depth_ = 0;
+  bool needs_logits_ = false;
   const float* pending_ = nullptr;
   Pass shallow_, adapter_pass_;
   std::vector<Tree*> level_, growing_;
@@ -532,7 +624,7 @@ class Drafting {
 // pending_states: addresses of the states [P, D] the adapter has not seen and of room for those of every node that
 // leave layer exit_layer, written sequence by sequence, and how many rows that room has. plan: exit layer, siblings,
 // most nodes, threshold, price. Returns the nodes of every sequence.
-std::vector<Nodes> draft(const Place& target, const Place& adapter, const std::vector<Seed>& seeds,
+std::vector<Nodes> draft(const Place& target, const Place& adapter, const std::vector<Start>& starts,
                          std::tuple<size_t, size_t, size_t, float, double> plan,
                          std::tuple<uintptr_t, uintptr_t, size_t> pending_states,
                          std::tuple<const Weight&, float, const Weight&, uintptr_t, float, float> embedding_head) {
@@ -546,7 +638,7 @@ std::vector<Nodes> draft(const Place& target, const Place& adapter, const std::v
   require(!output.paired && !embedding.paired, "a head is no paired weight");
   require(num_rows_of(output) <= num_rows_of(embedding), "every token must have an embedding");
   require(std::get<0>(adapter).layers.size() == 1 && exit_layer > 0, "a draft needs an adapter of one layer");
-  require(num_siblings > 0 && max_nodes > 1 && !seeds.empty(), "a draft needs sequences and room for guesses");
+  require(num_siblings > 0 && max_nodes > 1 && !starts.empty(), "a draft needs sequences and room for guesses");
   HeadPass head{};
   head.head = &output;
   head.norm = at<const float>(norm);
@@ -558,13 +650,13 @@ std::vector<Nodes> draft(const Place& target, const Place& adapter, const std::v
   Pass shallow = make_pass(stack, std::get<1>(target), {0, exit_layer}, std::get<2>(target));
   Pass adapted = make_pass(std::get<0>(adapter), std::get<1>(adapter), {0, 1}, std::get<2>(adapter));
   size_t most_rows = 0;
-  for (const auto& [slot, base, adapter_slot, adapter_base, root, num_pending, max_depth] : seeds) {
+  for (const auto& [slot, base, adapter_slot, adapter_base, root, num_pending, max_depth, draw] : starts) {
     require(root >= 0 && static_cast<size_t>(root) < num_rows_of(embedding), "every token must have an embedding");
     const size_t most = num_siblings == 1 ? std::min(max_nodes, max_depth + 1) : max_nodes;
     add_rows(shallow, {slot, base, 0, most, std::nullopt}, std::get<2>(std::get<2>(target)));
     add_rows(adapted, {adapter_slot, adapter_base, num_pending, most, std::nullopt}, std::get<2>(std::get<2>(adapter)));
     most_rows += most;
-    Tree tree{slot, base, adapter_slot, adapter_base, num_pending, max_depth, {root}};
+    Tree tree{slot, base, adapter_slot, adapter_base, num_pending, max_depth, draw, {root}};
     drafting.trees.push_back(std::move(tree));
   }
   require(num_rows >= most_rows, "there must be room for every node's states");
@@ -699,7 +791,7 @@ NB_MODULE(_native, module) {
       .def("add_layer", &Stack::add_layer, "weights"_a, "norms"_a, "window"_a)
       .def("run", &run, "cache"_a, "span"_a, "segments"_a, "hidden_out"_a, "tables"_a, "taps"_a);
   module.def("run_head", &run_head, "weight"_a, "states"_a, "norm"_a, "softcap"_a, "out"_a);
-  module.def("draft", &draft, "target"_a, "adapter"_a, "seeds"_a, "plan"_a, "pending_states"_a, "embedding_head"_a);
+  module.def("draft", &draft, "target"_a, "adapter"_a, "starts"_a, "plan"_a, "pending_states"_a, "embedding_head"_a);
   module.def("linear", &run_linear, "weight"_a, "hidden"_a, "num_rows"_a, "out"_a);
   module.def("instruction_sets", &instruction_sets);
   module.def("select", &select_instruction_set, "name"_a);
