@@ -155,8 +155,8 @@ def main() -> None:
     text = "\n\n".join([
         "# Batches", stamp_text(facts),
         f"The bundled model, greedy, {args.max_new_tokens} tokens a text, {args.num_rounds} rounds; tokens a second "
-        "span prefill and decoding; ratios are medians over rounds, intervals bootstrap their mean. Latency is the time "
-        "between two emissions of a text, shared by the tokens of the second.",
+        "span prefill and decoding; ratios are medians over rounds, intervals bootstrap their mean. Latency is the "
+        "time between two emissions of a text, shared by the tokens of the second.",
         markdown_table(header, [describe(row) for row in rows]),
         "`kangaroo` adapts the depth of its drafts to what steps of the batch size cost (engine/pace.py); transformers "
         "pads prompts on the left and does not promise plain's texts.",

@@ -53,6 +53,10 @@ def build_contenders(model: LoadedModel, dtype: str, *, vllm_python: Path | None
     }
     if vllm_python is not None:
         others["vLLM"] = lambda: VllmContender(model.folder, python=vllm_python, eos_ids=model.eos_ids, dtype=dtype)
+        others["vLLM, as installed"] = lambda: VllmContender(
+            model.folder, python=vllm_python, eos_ids=model.eos_ids, dtype=dtype, name="vLLM, as installed",
+            is_tuned=False,
+        )  # fmt: skip
     missing = [] if vllm_python is not None else ["vLLM: no --vllm-python given"]
     for name, build in others.items():
         try:

