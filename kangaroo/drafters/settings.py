@@ -38,7 +38,49 @@ class KangarooSettings:
     max_nodes: int = 64
 
 
-SETTINGS: dict[str, type[Settings]] = {one.name: one for one in (PlainSettings, KangarooSettings)}
+@dataclass(frozen=True)
+class PromptLookupSettings:
+    """How prompt lookup drafts.
+
+    max_ngram: the most last tokens of the text to look for.
+    min_ngram: the fewest last tokens whose match is believed.
+    num_tokens: the most tokens to draft.
+    references: text files to look in besides the text itself (LLMA).
+    num_siblings: different continuations to draft, 1 for the newest alone.
+    """
+
+    name: ClassVar[str] = "prompt_lookup"
+    max_ngram: int = 3
+    min_ngram: int = 1
+    num_tokens: int = 10
+    references: tuple[str, ...] = ()
+    num_siblings: int = 1
+
+
+@dataclass(frozen=True)
+class DraftModelSettings:
+    """How a draft model drafts.
+
+    model: the draft model, a folder or hub id of the target's vocabulary; must be given.
+    gamma: the most tokens to draft in depth.
+    eta: stop drafting behind a token of less confidence; 0 never stops early.
+    num_siblings: guesses for the token behind one node, 1 for chains.
+    max_nodes: nodes of a draft, its root included.
+    dtype: float32, bfloat16, float16 or int8, what its weights are kept in; None for what the target's are.
+    """
+
+    name: ClassVar[str] = "draft_model"
+    model: str | None = None
+    gamma: int = 6
+    eta: float = 0.4
+    num_siblings: int = 1
+    max_nodes: int = 64
+    dtype: str | None = None
+
+
+SETTINGS: dict[str, type[Settings]] = {
+    one.name: one for one in (PlainSettings, KangarooSettings, PromptLookupSettings, DraftModelSettings)
+}
 
 
 def find_settings(name: str) -> type[Settings]:

@@ -92,3 +92,22 @@ class Tree:
         num_growing = 0 if is_last or is_full else sum(one[4] >= threshold for one in found)
         self.frontier = range(first, first + num_growing)
         return range(first, len(self.tokens))
+
+
+def merge(root: int, continuations: SequenceOf[SequenceOf[int]]) -> tuple[list[int], list[int]]:
+    """Tokens and parents of a tree of whole continuations, which share what they begin with.
+
+    The first ones come first; what would be more than MAX_NODES is left out.
+    """
+    tokens, parents, children = [root], [-1], dict[tuple[int, int], int]()
+    for continuation in continuations:
+        node = 0
+        for token in continuation:
+            child = children.setdefault((node, token), len(tokens))
+            if child == MAX_NODES:
+                return tokens, parents
+            if child == len(tokens):
+                tokens.append(token)
+                parents.append(node)
+            node = child
+    return tokens, parents

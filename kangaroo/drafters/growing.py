@@ -1,0 +1,100 @@
+"""Drafts grown level by level, for all sequences of a batch at once: what drafters that guess with a model share.
+
+Shapes: F frontier nodes of all trees, packed sequence by sequence, V vocabulary.
+"""
+
+from collections.abc import Sequence as SequenceOf
+from dataclasses import dataclass, field, replace
+
+import torch
+from numpy import ndarray
+from torch import Tensor
+
+from kangaroo.drafters.base import Sequence
+from kangaroo.drafters.tree import CHAIN, Branching, Guesses, Tree
+from kangaroo.sampling import DRAFT_STREAM, choose_children, derive_seed, distribution
+from kangaroo.types import Draft, SamplingParams
+
+
+@dataclass
+class Growth:
+    """A sequence's tree under way.
+
+    params: how its guesses are drawn. max_depth: the levels it may get; depth: those it has. fed: the nodes whose keys
+    and values the drafter's own cache holds. proposals: as in types.Draft.
+    """
+
+    sequence: Sequence
+    params: SamplingParams
+    tree: Tree
+    max_depth: int
+    depth: int = 0
+    fed: set[int] = field(default_factory=set)
+    proposals: dict[int, ndarray] = field(default_factory=dict)
+
+    @property
+    def is_coupled(self) -> bool:
+        """Whether guesses share the target's noise, and need not tell what they were drawn from."""
+        return self.params.acceptance == "coupling" or self.params.temperature == 0
+
+
+def plant(sequence: Sequence, max_depth: int) -> Growth:
+    """A tree that is only its root, and guesses drawn as the request's rule of acceptance wants them."""
+    params = sequence.request.params
+    if params.logprobs is not None:
+        # Nobody asks for those of guesses, and without them the fused argmax may serve.
+        params = replace(params, logprobs=None)
+    growth = Growth(sequence, params, Tree(sequence.tokens[-1]), max_depth)
+    if not growth.is_coupled:
+        # A rule that rejects by chance needs guesses drawn anew in every step, with noise of their own.
+        assert params.seed is not None, "the engine draws a seed for every request"
+        seed = derive_seed(derive_seed(params.seed, DRAFT_STREAM), len(sequence.tokens))
+        growth.params = replace(params, seed=seed)
+    return growth
+
+
+def draw(growths: SequenceOf[Growth], logits: Tensor, *, num_siblings: int) -> list[Guesses]:
+    """What may follow every frontier's nodes, by the draft's logits [F, V] behind them."""
+    confidences, logits = torch.softmax(logits, dim=-1).cpu().numpy(), logits.cpu()
+    guesses: list[Guesses] = []
+    for growth in growths:
+        params, prefix = growth.params, growth.sequence.prefix
+        num_children = num_siblings if growth.is_coupled else 1
+        for node in growth.tree.frontier:
+            row, drafted = len(guesses), growth.tree.drafted(node)
+            tokens = choose_children(logits[row], params, prefix=prefix, drafted=drafted, num_children=num_children)
+            if not growth.is_coupled:
+                growth.proposals[node] = distribution(logits[row], params, prefix=prefix, drafted=drafted)
+            chances = confidences[row]
+            guesses.append(Guesses(tokens, chances[tokens].tolist(), float(chances.max())))
+    return guesses
+
+
+def add_level(
+    growths: SequenceOf[Growth], guesses: SequenceOf[Guesses], *, branching: Branching, threshold: float, price: float
+) -> None:
+    """Add a level to every tree, from one Guesses for each frontier node; the arguments are those of Tree.grow()."""
+    first = 0
+    for growth in growths:
+        count = len(growth.tree.frontier)
+        growth.depth += 1
+        growth.tree.grow(
+            guesses[first : first + count],
+            branching if growth.is_coupled else CHAIN,
+            threshold=threshold,
+            price=price,
+            is_last=growth.depth >= growth.max_depth,
+        )
+        first += count
+
+
+def assemble(growths: SequenceOf[Growth]) -> Draft:
+    """The trees of the whole batch as one draft, which resumes at layer 0."""
+    trees = [growth.tree for growth in growths]
+    has_proposals = any(growth.proposals for growth in growths)
+    return Draft(
+        tokens=[tree.tokens for tree in trees],
+        parents=[tree.parents for tree in trees],
+        confidence=[tree.confidences for tree in trees],
+        proposals=[growth.proposals for growth in growths] if has_proposals else None,
+    )

@@ -1,0 +1,130 @@
+"""Prompt lookup: what followed the last few tokens earlier in the text, or in a reference, is guessed to follow again.
+
+Prompt lookup decoding (Saxena 2023, github.com/apoorvumang/prompt-lookup-decoding); with reference documents it is
+LLMA (Yang et al. 2023, arXiv 2304.04487).
+Shapes are the host's: a draft is made of lists, and no model is run.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Iterator
+from collections.abc import Sequence as SequenceOf
+from itertools import cycle, islice
+from pathlib import Path
+from typing import TYPE_CHECKING
+
+from kangaroo.drafters.base import MAX_NODES, Batch, Sequence
+from kangaroo.drafters.ngrams import BREAK, NgramIndex
+from kangaroo.drafters.settings import PromptLookupSettings
+from kangaroo.drafters.tree import merge
+from kangaroo.errors import SettingsError
+from kangaroo.types import Draft, Outcome
+
+if TYPE_CHECKING:
+    from kangaroo.model.checkpoint import LoadedModel
+
+# Earlier matches that are looked at for different continuations.
+MAX_MATCHES = 64
+
+
+def build(model: LoadedModel, settings: PromptLookupSettings) -> PromptLookupDrafter:
+    """The drafter these settings ask for; raises SettingsError where one is out of range or a reference unreadable."""
+    references = [_read(path, model) for path in settings.references]
+    return PromptLookupDrafter(settings, references)
+
+
+class PromptLookupDrafter:
+    """Drafts what followed the newest earlier match of the longest n-gram that ends the text."""
+
+    name = "prompt_lookup"
+    taps: tuple[int, ...] = ()
+
+    def __init__(self, settings: PromptLookupSettings, references: SequenceOf[SequenceOf[int]] = ()) -> None:
+        """references: the token ids of each reference document. Raises SettingsError for settings out of range."""
+        _check(settings)
+        self._settings = settings
+        # No match reaches from one document into the next.
+        tokens = [token for reference in references for token in (*reference, BREAK)]
+        self._references = NgramIndex(tokens, settings.max_ngram)
+        self._references.update()
+        self._indexes: dict[Sequence, NgramIndex] = {}
+
+    def begin(self, sequences: SequenceOf[Sequence], *, num_slots: int) -> None:
+        """Start an index of every text."""
+        for sequence in sequences:
+            self._indexes[sequence] = NgramIndex(sequence.tokens, self._settings.max_ngram)
+
+    def draft(self, batch: Batch) -> Draft:
+        """Index what is new, then merge every sequence's continuations into a tree."""
+        trees = [merge(sequence.tokens[-1], self._continue(sequence)) for sequence in batch.sequences]
+        return Draft(tokens=[tokens for tokens, _ in trees], parents=[parents for _, parents in trees])
+
+    def accept(self, sequences: SequenceOf[Sequence], outcome: Outcome) -> None:
+        """Nothing to learn: the next draft reads the text itself."""
+
+    def end(self, sequences: SequenceOf[Sequence]) -> None:
+        """Forget these sequences."""
+        for sequence in sequences:
+            self._indexes.pop(sequence, None)
+
+    def _continue(self, sequence: Sequence) -> list[tuple[int, ...]]:
+        """Different continuations of the text, best first: those behind the longest n-gram that has any."""
+        settings, params = self._settings, sequence.request.params
+        depth = min(settings.num_tokens, sequence.max_draft)
+        if depth <= 0:
+            return []
+        index = self._indexes[sequence]
+        index.update()
+        in_references = self._references.locate(sequence.tokens[-settings.max_ngram :])
+        # Block verification takes chains only.
+        wants_chain = params.acceptance == "block" and params.temperature > 0
+        num_wanted = 1 if wants_chain else settings.num_siblings
+        longest = max(len(index.suffixes), len(in_references)) - 1
+        for length in range(longest, settings.min_ngram - 1, -1):
+            found: dict[tuple[int, ...], None] = {}
+            matches = self._look_up(index, in_references, length=length, depth=depth)
+            for continuation in islice(matches, MAX_MATCHES):
+                if continuation:
+                    found[continuation] = None
+                if len(found) == num_wanted:
+                    break
+            if found:
+                return list(found)
+        return []
+
+    def _look_up(
+        self, index: NgramIndex, in_references: SequenceOf[int], *, length: int, depth: int
+    ) -> Iterator[tuple[int, ...]]:
+        """What followed the text's last `length` tokens, newest first and the references last; possibly nothing."""
+        if length < len(index.suffixes):
+            # The first match is the end of the text itself.
+            for end in islice(index.ends(index.suffixes[length], length), 1, None):
+                # A continuation that reaches the end of the text repeats itself, as in LZ77.
+                yield tuple(islice(cycle(index.tokens[end + 1 : end + 1 + depth]), depth))
+        if length < len(in_references):
+            for end in self._references.ends(in_references[length], length):
+                tokens = self._references.tokens[end + 1 : end + 1 + depth]
+                yield tuple(tokens[: tokens.index(BREAK)] if BREAK in tokens else tokens)
+
+
+def _check(settings: PromptLookupSettings) -> None:
+    for name, highest in (("max_ngram", None), ("num_tokens", MAX_NODES - 1), ("num_siblings", None)):
+        value: int = getattr(settings, name)
+        if value < 1 or (highest is not None and value > highest):
+            allowed = "at least 1" if highest is None else f"in 1..{highest}"
+            raise SettingsError(f"{name} must be {allowed}, got {value}")
+    if not 1 <= settings.min_ngram <= settings.max_ngram:
+        raise SettingsError(f"min_ngram must be in 1..{settings.max_ngram} (max_ngram), got {settings.min_ngram}")
+
+
+def _read(path: str, model: LoadedModel) -> list[int]:
+    """Token ids of a reference document."""
+    try:
+        text = Path(path).expanduser().read_text(encoding="utf-8")
+    except (OSError, UnicodeDecodeError) as error:
+        raise SettingsError(f"references must be readable files of UTF-8 text, got {path}: {error}") from error
+    token_ids = model.tokenizer.encode(text, add_special_tokens=False)
+    vocab_size = model.target.config.vocab_size
+    if max(token_ids, default=0) >= vocab_size:
+        raise SettingsError(f"token ids must be in 0..{vocab_size - 1}, got {max(token_ids)} in reference {path}")
+    return token_ids
