@@ -13,18 +13,18 @@ from dataclasses import dataclass, field, replace
 from typing import TYPE_CHECKING, cast
 
 import torch
-from numpy import ndarray
 from torch import Tensor
 
 from kangaroo.drafters.adapter import Adapter, check_exit_layer
 from kangaroo.drafters.base import Batch, Sequence, draft_roots, place_nodes
+from kangaroo.drafters.growing import Growth, add_level, assemble, draw, plant
 from kangaroo.drafters.settings import KangarooSettings
 from kangaroo.drafters.stopping import ConfidenceThreshold, FixedLength, StoppingPolicy
-from kangaroo.drafters.tree import CHAIN, Branching, Guesses, Tree
+from kangaroo.drafters.tree import CHAIN, Branching, Guesses
 from kangaroo.model.cache import CachedPass
 from kangaroo.model.transformer import Transformer
-from kangaroo.sampling import DRAFT_STREAM, choose_children, derive_seed, distribution, needs_logits, reads_prefix
-from kangaroo.types import Draft, Outcome, SamplingParams
+from kangaroo.sampling import needs_logits, reads_prefix
+from kangaroo.types import Draft, Outcome
 
 if TYPE_CHECKING:
     from kangaroo.kernels.cpu import Draw
@@ -56,44 +56,33 @@ def build(model: LoadedModel, settings: KangarooSettings) -> KangarooDrafter:
 class _Memory:
     """What is held per sequence between steps.
 
-    params: how guesses are drawn. pending: states [R, D] of committed tokens that the adapter has not been fed yet.
-    fed: the nodes of the last draft that it has; num_drafted: how deep that draft was.
+    pending: states [R, D] of committed tokens that the adapter has not been fed yet. fed: the nodes of the last draft
+    that it has; num_drafted: how deep that draft was.
     """
 
-    params: SamplingParams
     pending: list[Tensor] = field(default_factory=list)
     fed: set[int] = field(default_factory=set)
     num_drafted: int = 0
 
-    @property
-    def is_coupled(self) -> bool:
-        """Whether guesses share the target's noise, and need not tell what they were drawn from."""
-        return self.params.acceptance == "coupling" or self.params.temperature == 0
+
+@dataclass
+class _Growth(Growth):
+    """A tree with its row in the batch, its newest level, and the states [F, D] of every level."""
+
+    row: int = 0
+    level: range = range(1)
+    states: list[Tensor] = field(default_factory=list)
 
     @property
-    def is_plain(self) -> bool:
+    def is_native(self) -> bool:
         """Whether the native kernels can guess by themselves."""
         return self.is_coupled and not reads_prefix(self.params)
 
     @property
-    def draw(self) -> Draw:
+    def lottery(self) -> Draw:
         """How the native kernels draw guesses."""
         params = self.params
         return params.seed or 0, params.temperature, params.top_k, params.top_p, params.min_p
-
-
-@dataclass
-class _Growth:
-    """A sequence's tree under way: its row in the batch, its newest level, and the states [F, D] of every level."""
-
-    row: int
-    sequence: Sequence
-    memory: _Memory
-    tree: Tree
-    max_depth: int
-    level: range = range(1)
-    states: list[Tensor] = field(default_factory=list)
-    proposals: dict[int, ndarray] = field(default_factory=dict)
 
 
 class KangarooDrafter:
@@ -120,18 +109,22 @@ class KangarooDrafter:
         self._cache.reserve(1 + max(sequence.slot for sequence in sequences), num_slots)
         for sequence in sequences:
             self._cache.truncate(sequence.slot, 0)
-            self._memory[sequence] = _Memory(replace(sequence.request.params, logprobs=None))
+            self._memory[sequence] = _Memory()
 
     def draft(self, batch: Batch) -> Draft:
         """Feed the adapter what it has not seen, then draft level by level until the stopping rule says so."""
-        growths = [self._plant(row, sequence) for row, sequence in enumerate(batch.sequences)]
+        longest = min(self._stopping.max_length, self._branching.max_nodes - 1)
+        growths = [
+            _Growth(**vars(plant(sequence, min(longest, sequence.max_draft))), row=row)
+            for row, sequence in enumerate(batch.sequences)
+        ]
         growing = [growth for growth in growths if growth.max_depth > 0]
         if not growing:
             return draft_roots(batch)
-        if self._adapter.packed is not None and all(growth.memory.is_plain for growth in growing):
+        if self._adapter.packed is not None and all(growth.is_native for growth in growing):
             return self._draft_in_one_call(batch, growths)
         is_chain = self._branching.num_siblings == 1
-        is_greedy = is_chain and not any(needs_logits(growth.memory.params) for growth in growing)
+        is_greedy = is_chain and not any(needs_logits(growth.params) for growth in growing)
         # Filled on the device: a copy from the host would wait for it.
         device = self._target.device
         roots = [torch.full((1,), growth.tree.tokens[0], device=device) for growth in growths]
@@ -149,8 +142,14 @@ class KangarooDrafter:
             if growing:
                 hidden = self._feed(growing)
         for growth in growths:
-            growth.memory.num_drafted = len(growth.states) - 1
-        return self._assemble(growths, levels if is_blind else None)
+            memory = self._memory[growth.sequence]
+            memory.fed, memory.num_drafted = growth.fed, len(growth.states) - 1
+        draft = replace(
+            assemble(growths),
+            resume_layer=self.exit_layer,
+            hidden=torch.cat([states for growth in growths for states in growth.states]),
+        )
+        return replace(draft, tokens=_join(levels, len(growths)), confidence=None) if is_blind else draft
 
     def accept(self, sequences: SequenceOf[Sequence], outcome: Outcome) -> None:
         """Keep the adapter's rows of accepted nodes; the states of the others wait for the next draft."""
@@ -170,15 +169,6 @@ class KangarooDrafter:
         for sequence in sequences:
             self._memory.pop(sequence, None)
 
-    def _plant(self, row: int, sequence: Sequence) -> _Growth:
-        memory = self._memory[sequence]
-        if not memory.is_coupled:
-            # A rule that rejects by chance needs guesses drawn anew in every step, with noise of their own.
-            seed = derive_seed(derive_seed(sequence.request.params.seed or 0, DRAFT_STREAM), len(sequence.tokens))
-            memory.params = replace(memory.params, seed=seed)
-        max_depth = min(self._stopping.max_length, sequence.max_draft, self._branching.max_nodes - 1)
-        return _Growth(row, sequence, memory, Tree(sequence.tokens[-1]), max_depth)
-
     def _run_shallow(self, batch: Batch, growths: SequenceOf[_Growth], tokens: Tensor) -> None:
         """Layers [0, e) over the newest level of every tree, tokens [F], on the target's own cache."""
         segments = [
@@ -194,18 +184,18 @@ class KangarooDrafter:
         """Feed the adapter the pending states and the root's; returns what leaves it for the roots, [B, D]."""
         segments, fresh = [], []
         for growth in growths:
-            rows = torch.cat([self._shorten(growth), growth.states[0]])
+            rows = torch.cat([self._shorten(growth.sequence), growth.states[0]])
             segments.append(place_nodes(self._cache, growth.sequence.slot, num_rows=len(rows)))
             fresh.append(rows)
-            growth.memory.pending, growth.memory.fed = [], {0}
+            self._memory[growth.sequence].pending, growth.fed = [], {0}
         hidden = self._adapter.run(torch.cat(fresh), attention=CachedPass(self._cache, segments))
         for segment in segments:
             self._cache.truncate(segment.sequence, segment.stop - 1)
         return torch.cat([rows[-1:] for rows in hidden.split([len(rows) for rows in fresh])])
 
-    def _shorten(self, growth: _Growth) -> Tensor:
+    def _shorten(self, sequence: Sequence) -> Tensor:
         """Feed the adapter pending states until at most a block is left; returns those."""
-        memory, slot = growth.memory, growth.sequence.slot
+        memory, slot = self._memory[sequence], sequence.slot
         pending = memory.pending[0] if len(memory.pending) == 1 else torch.cat(memory.pending)
         while len(pending) > FEED_ROWS:
             block = place_nodes(self._cache, slot, num_rows=FEED_ROWS)
@@ -224,7 +214,7 @@ class KangarooDrafter:
                             parents=parents[: frontier.stop])
             )  # fmt: skip
             fresh.append(growth.states[-1][: len(frontier)])
-            growth.memory.fed.update(frontier)
+            growth.fed.update(frontier)
         return self._adapter.run(torch.cat(fresh), attention=CachedPass(self._cache, segments))
 
     def _grow(self, growths: SequenceOf[_Growth], hidden: Tensor, *, price: float, is_greedy: bool,
@@ -236,66 +226,26 @@ class KangarooDrafter:
             known = ([-1] * len(ids), [1.0] * len(ids)) if is_blind else (ids.tolist(), confidence.tolist())
             guesses = [Guesses([token], [chance], chance) for token, chance in zip(*known, strict=True)]
         else:
-            guesses = self._draw(growths, self._target.logits(hidden, self._adapter.final_norm))
-        first, tokens = 0, []
-        for growth in growths:
-            tree, count = growth.tree, len(growth.tree.frontier)
-            growth.level = tree.grow(
-                guesses[first : first + count],
-                self._branching if growth.memory.is_coupled else CHAIN,
-                threshold=self._stopping.threshold,
-                price=price,
-                is_last=len(growth.states) >= growth.max_depth,
-            )
-            first += count
-            tokens += [tree.tokens[node] for node in growth.level]
+            logits = self._target.logits(hidden, self._adapter.final_norm)
+            guesses = draw(growths, logits, num_siblings=self._branching.num_siblings)
+        num_before = [len(growth.tree.tokens) for growth in growths]
+        add_level(growths, guesses, branching=self._branching, threshold=self._stopping.threshold, price=price)
+        tokens = []
+        for growth, first in zip(growths, num_before, strict=True):
+            growth.level = range(first, len(growth.tree.tokens))
+            tokens += growth.tree.tokens[first:]
         return ids if is_blind else torch.tensor(tokens, device=hidden.device)
-
-    def _draw(self, growths: SequenceOf[_Growth], logits: Tensor) -> list[Guesses]:
-        """What may follow the frontiers' nodes, by the logits [F, V] behind them."""
-        probabilities = torch.softmax(logits, dim=-1).cpu().numpy()
-        guesses: list[Guesses] = []
-        for growth in growths:
-            memory, prefix = growth.memory, growth.sequence.prefix
-            num_children = self._branching.num_siblings if memory.is_coupled else 1
-            for node in growth.tree.frontier:
-                row, drafted = len(guesses), growth.tree.drafted(node)
-                tokens = choose_children(logits[row], memory.params, prefix=prefix, drafted=drafted,
-                                         num_children=num_children)  # fmt: skip
-                if not memory.is_coupled:
-                    growth.proposals[node] = distribution(logits[row], memory.params, prefix=prefix, drafted=drafted)
-                chances = probabilities[row]
-                guesses.append(Guesses(tokens, chances[tokens].tolist(), float(chances.max())))
-        return guesses
-
-    def _assemble(self, growths: SequenceOf[_Growth], blind_levels: list[tuple[list[_Growth], Tensor]] | None) -> Draft:
-        """The trees as one draft; blind_levels holds the tokens where the host does not know them."""
-        trees = [growth.tree for growth in growths]
-        tokens: list[list[int]] | Tensor = [tree.tokens for tree in trees]
-        if blind_levels is not None:
-            tokens = torch.full((len(trees), len(blind_levels)), -1, device=self._target.device)
-            for depth, (rows, level) in enumerate(blind_levels):
-                tokens[[one.row for one in rows] if len(rows) < len(trees) else slice(None), depth] = level
-        has_proposals = any(growth.proposals for growth in growths)
-        return Draft(
-            tokens=tokens,
-            parents=[tree.parents for tree in trees],
-            resume_layer=self.exit_layer,
-            hidden=torch.cat([states for growth in growths for states in growth.states]),
-            confidence=[tree.confidences for tree in trees] if blind_levels is None else None,
-            proposals=[growth.proposals for growth in growths] if has_proposals else None,
-        )
 
     def _draft_in_one_call(self, batch: Batch, growths: SequenceOf[_Growth]) -> Draft:
         """The same trees, on packed weights, without returning to Python between levels."""
         assert self._adapter.packed is not None, "packed weights only"
         nothing = torch.empty(0, self._target.config.hidden_size)
-        pending = [self._shorten(growth) if growth.max_depth > 0 else nothing for growth in growths]
+        pending = [self._shorten(one.sequence) if one.max_depth > 0 else nothing for one in growths]
         starts = []
         for growth, states in zip(growths, pending, strict=True):
             slot = growth.sequence.slot
             starts.append((slot, batch.cache.lengths[slot], slot, self._cache.lengths[slot], growth.tree.tokens[0],
-                           len(states), growth.max_depth, growth.memory.draw))  # fmt: skip
+                           len(states), growth.max_depth, growth.lottery))  # fmt: skip
         stopping, branching = self._stopping, self._branching
         drafted, states = cast("PackedTransformer", self._target).draft(
             (batch.cache, self._cache),
@@ -306,7 +256,7 @@ class KangarooDrafter:
             norm=self._adapter.final_norm,
         )
         for growth, (tokens, parents, _), fresh in zip(growths, drafted, pending, strict=True):
-            memory, slot = growth.memory, growth.sequence.slot
+            memory, slot = self._memory[growth.sequence], growth.sequence.slot
             if growth.max_depth > 0:
                 self._cache.truncate(slot, self._cache.lengths[slot] + len(fresh))
                 memory.pending = []
@@ -319,3 +269,11 @@ class KangarooDrafter:
             hidden=states,
             confidence=[confidences for _, _, confidences in drafted],
         )
+
+
+def _join(levels: list[tuple[list[_Growth], Tensor]], num_trees: int) -> Tensor:
+    """The tokens of chains [B, N] that the host does not know, by level; what lies behind a chain's end is -1."""
+    tokens = torch.full((num_trees, len(levels)), -1, device=levels[0][1].device)
+    for depth, (growths, level) in enumerate(levels):
+        tokens[[one.row for one in growths] if len(growths) < num_trees else slice(None), depth] = level
+    return tokens
