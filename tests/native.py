@@ -17,6 +17,14 @@ def every_instruction_set(request: pytest.FixtureRequest) -> Iterator[None]:
     cpu.select(before[0], num_threads=before[1])
 
 
+@pytest.fixture(autouse=True)
+def kernels_restored() -> Iterator[None]:
+    """Undo, in a module that imports this, what each test selects."""
+    before = cpu.selected(), cpu.num_threads()
+    yield
+    cpu.select(before[0], num_threads=before[1])
+
+
 @contextmanager
 def threads(count: int) -> Iterator[None]:
     """So many threads inside the block."""

@@ -24,7 +24,7 @@ class Sequence:
 
     slot is its row in the target's cache, which holds every committed token but the last;
     max_draft bounds the depth of guesses worth making: at most what may still be emitted, less the bonus token.
-    prefix counts the tokens for the processors of the request.
+    prefix counts the tokens for the processors of the request. error: what went wrong with it alone, which ends it.
     """
 
     request: Request
@@ -34,6 +34,7 @@ class Sequence:
     max_draft: int = 0
     origins: list[str] = field(default_factory=list)
     logprobs: list[TokenLogprobs] = field(default_factory=list)
+    error: Exception | None = None
 
     def __post_init__(self) -> None:
         self.tokens = list(self.request.prompt_ids)

@@ -75,9 +75,9 @@ class Decoding:
         sequence = self.sequence
         assert sequence is not None, "a request without a slot emits nothing"
         for index, token in enumerate(committed):
-            sequence.append(token, "bonus" if index == len(committed) - 1 else "draft")
             if self.text is not None:
                 self.pieces.append(self.text.feed(token))
+            sequence.append(token, "bonus" if index == len(committed) - 1 else "draft")
             if token in self.request.stop_ids or (self.text is not None and self.text.stopped):
                 self.finish("stop")
             elif self.room == 0:
@@ -95,6 +95,10 @@ class Decoding:
             self.pieces[-1] += self.text.finish()
             if self.text.stopped:
                 self.finish_reason = "stop"
+
+    def fail(self, error: Exception) -> None:
+        """End the text with an error, as it stands."""
+        self.error, self.finish_reason = error, "error"
 
     def count(self, num_drafted: int, num_emitted: int) -> None:
         """Count a verification pass."""

@@ -16,7 +16,7 @@ from kangaroo.errors import PromptError, SettingsError
 from kangaroo.kernels import REFERENCE
 from kangaroo.model.transformer import Transformer
 from kangaroo.sampling import draw_seed
-from kangaroo.types import Outcome, Request
+from kangaroo.types import Request
 
 # Caches grow in blocks, so that requests of similar length share one allocation.
 SLOT_BLOCK = 256
@@ -114,7 +114,7 @@ class Engine:
         outcome = prefill(batch, self.drafter, num_rows=[count for _, count in plan])
         for (decoding, count), tokens in zip(plan, outcome.tokens, strict=True):
             decoding.num_unread -= count
-            decoding.emit(tokens)
+            _emit(decoding, tokens)
         elapsed_s = self._now_s() - started_s
         for decoding, _ in plan:
             decoding.prefill_time_s += elapsed_s
@@ -131,20 +131,14 @@ class Engine:
             batch = replace(batch, node_price=pace.node_price)
         draft = self.drafter.draft(batch)
         drafted_s = self._now_s()
-        step = verify_draft(batch, self.drafter, draft)
-        self._emit(decoding, step.outcome, num_nodes=draft.num_nodes, errors=step.errors)
+        outcome = verify_draft(batch, self.drafter, draft=draft)
+        for one, tokens, count in zip(decoding, outcome.tokens, draft.num_nodes, strict=True):
+            num_emitted = _emit(one, tokens)
+            if one.error is None:
+                one.count(count - 1, num_emitted)
         if pace is not None:
             verify_time_s = self._now_s() - drafted_s
-            pace.observe(draft, step.outcome, draft_time_s=drafted_s - started_s, verify_time_s=verify_time_s)
-
-    def _emit(self, decoding: SequenceOf[Decoding], outcome: Outcome, *, num_nodes: SequenceOf[int],
-              errors: dict[Sequence, Exception]) -> None:  # fmt: skip
-        for one, tokens, count in zip(decoding, outcome.tokens, num_nodes, strict=True):
-            one.error = errors.get(_sequence(one))
-            if one.error is not None:
-                one.finish("error")
-            else:
-                one.count(count - 1, one.emit(tokens))
+            pace.observe(draft, outcome, draft_time_s=drafted_s - started_s, verify_time_s=verify_time_s)
 
     def _release(self, decoding: Decoding) -> None:
         if decoding.sequence is not None:
@@ -177,3 +171,15 @@ class Engine:
 def _sequence(decoding: Decoding) -> Sequence:
     assert decoding.sequence is not None, "running requests have slots"
     return decoding.sequence
+
+
+def _emit(decoding: Decoding, tokens: SequenceOf[int]) -> int:
+    """Hand a request the tokens a pass committed, or its error; returns how many it took."""
+    error = _sequence(decoding).error
+    if error is None:
+        try:
+            return decoding.emit(tokens)
+        except Exception as raised:  # the text that follows the tokens is its caller's, and no one else's
+            error = raised
+    decoding.fail(error)
+    return 0

@@ -5,7 +5,6 @@ Shapes: B sequences, N draft nodes (padded), R packed nodes of all sequences, D 
 
 from collections.abc import Callable
 from collections.abc import Sequence as SequenceOf
-from typing import NamedTuple
 
 import torch
 from torch import Tensor
@@ -21,18 +20,10 @@ from kangaroo.verify import Uniforms, reject, verify_block, walk
 Verdict = tuple[list[int], list[int]]
 
 
-class Step(NamedTuple):
-    """What a step did; errors holds what went wrong with single sequences, which emit nothing."""
-
-    draft: Draft
-    outcome: Outcome
-    errors: dict[Sequence, Exception]
-
-
 def prefill(batch: Batch, drafter: Drafter, *, num_rows: SequenceOf[int]) -> Outcome:
     """Run the next num_rows tokens of every sequence's prompt through the target in one pass and commit them.
 
-    A sequence whose prompt is read to its end emits its first token.
+    A sequence whose prompt is read to its end emits its first token, or nothing if that brings about its error.
     """
     target, cache = batch.target, batch.cache
     segments = [batch.segment(row, num_rows=count) for row, count in enumerate(num_rows)]
@@ -53,7 +44,10 @@ def prefill(batch: Batch, drafter: Drafter, *, num_rows: SequenceOf[int]) -> Out
         finished = [batch.sequences[row] for row in done]
         choices = _Choices(target, torch.cat([blocks[row][-1:] for row in done]), finished, num_nodes=[1] * len(done))
         for index, row in enumerate(done):
-            emitted[row] = (choices.pick(index)(0, ()),)
+            try:
+                emitted[row] = (choices.pick(index)(0, ()),)
+            except Exception as error:  # whatever one request's settings bring about must not touch the others
+                finished[index].error = error
     split = {layer: states.split(list(num_rows)) for layer, states in taps.items()}
     outcome = Outcome(
         paths=tuple(tuple(range(count)) for count in num_rows),
@@ -64,13 +58,14 @@ def prefill(batch: Batch, drafter: Drafter, *, num_rows: SequenceOf[int]) -> Out
     return outcome
 
 
-def decode_step(batch: Batch, drafter: Drafter) -> Step:
+def decode_step(batch: Batch, drafter: Drafter) -> tuple[Draft, Outcome]:
     """Draft for every sequence, verify all nodes in one pass, and commit the accepted branches."""
-    return verify_draft(batch, drafter, drafter.draft(batch))
+    draft = drafter.draft(batch)
+    return draft, verify_draft(batch, drafter, draft=draft)
 
 
-def verify_draft(batch: Batch, drafter: Drafter, draft: Draft) -> Step:
-    """Verify a draft's nodes in one pass, and commit the accepted branches."""
+def verify_draft(batch: Batch, drafter: Drafter, *, draft: Draft) -> Outcome:
+    """Verify a draft's nodes in one pass, and commit the accepted branches; a sequence that errs emits nothing."""
     target = batch.target
     segments = [batch.segment(row, num_rows=len(parents), parents=parents) for row, parents in enumerate(draft.parents)]
     attention = CachedPass(batch.cache, segments)
@@ -79,12 +74,12 @@ def verify_draft(batch: Batch, drafter: Drafter, draft: Draft) -> Step:
     hidden, taps = target.forward(entering, span, attention=attention, taps=drafter.taps)
     choices = _Choices(target, hidden, batch.sequences, num_nodes=draft.num_nodes)
     all_tokens = draft.tokens.tolist() if isinstance(draft.tokens, Tensor) else draft.tokens
-    paths, emitted, tapped, errors, first_row = [], [], [], {}, 0
+    paths, emitted, tapped, first_row = [], [], [], 0
     for row, sequence in enumerate(batch.sequences):
         try:
             path, picked = _verify(draft, row, tokens=all_tokens[row], choices=choices, sequence=sequence)
-        except Exception as error:  # whatever one request's settings bring about must not touch the others
-            path, picked, errors[sequence] = [0], [], error
+        except Exception as error:  # as in prefill()
+            path, picked, sequence.error = [0], [], error
         batch.cache.keep(sequence.slot, path)
         rows = _select(path, first_row)
         paths.append(tuple(path))
@@ -93,7 +88,7 @@ def verify_draft(batch: Batch, drafter: Drafter, draft: Draft) -> Step:
         first_row += draft.num_nodes[row]
     outcome = Outcome(paths=tuple(paths), tokens=tuple(emitted), taps=tuple(tapped))
     drafter.accept(batch.sequences, outcome)
-    return Step(draft, outcome, errors)
+    return outcome
 
 
 class _Choices:

@@ -1,0 +1,112 @@
+"""The drafters, targets and kernels that losslessness is tested with; a new drafter joins as a line of CASES."""
+
+import functools
+from collections.abc import Callable
+from dataclasses import dataclass
+
+import torch
+
+from kangaroo.drafters.adapter import Adapter
+from kangaroo.drafters.base import Drafter
+from kangaroo.drafters.kangaroo import KangarooDrafter
+from kangaroo.drafters.plain import PlainDrafter
+from kangaroo.drafters.stopping import ConfidenceThreshold, FixedLength, StoppingPolicy
+from kangaroo.drafters.tree import CHAIN, Branching
+from kangaroo.kernels import REFERENCE, cpu
+from kangaroo.model import packed
+from kangaroo.model.transformer import Transformer
+from tests.engine import scripts
+from tests.engine.scripts import Guess, ScriptedDrafter, Texts
+from tests.tiny import tame_transformer
+
+FAMILIES = ["llama", "mistral", "qwen2", "qwen3", "gemma2"]
+EXIT_LAYER = 2
+# How much of a draft a step may accept.
+NONE, PART, ALL = "none", "part", "all"
+ANY = frozenset({NONE, PART, ALL})
+
+# Makes a drafter for a target, given the true texts of all requests to come.
+Factory = Callable[[Transformer, Texts], Drafter]
+
+
+@dataclass(frozen=True)
+class Case:
+    """A drafter; accepts: what must be seen to happen to its drafts in every parametrisation."""
+
+    name: str
+    build: Factory
+    accepts: frozenset[str] = ANY
+
+
+def follow(guess: Guess) -> Factory:
+    """Drafters that guess by a script."""
+    return lambda target, texts: ScriptedDrafter(texts, guess)
+
+
+def kangaroo(stopping: StoppingPolicy, branching: Branching = CHAIN, *, is_trained: bool = True) -> Factory:
+    """Kangaroo with the early exit itself for an adapter, or with noise."""
+    return lambda target, texts: KangarooDrafter(
+        target, adapter(target, is_trained=is_trained), stopping=stopping, branching=branching
+    )
+
+
+CASES = [
+    Case("plain", lambda target, texts: PlainDrafter(), frozenset()),
+    Case("always_right", follow(scripts.always_right), frozenset({ALL})),
+    Case("always_wrong", follow(scripts.always_wrong), frozenset({NONE})),
+    Case("right_at_first", follow(scripts.right_at_first)),
+    Case("branching", follow(scripts.branching)),
+    Case("wild", follow(scripts.wild)),
+    Case("kangaroo-random", kangaroo(FixedLength(3), is_trained=False), frozenset({NONE})),
+    Case("kangaroo-random-tree", kangaroo(FixedLength(3), Branching(3, 9), is_trained=False), frozenset({NONE})),
+    Case("kangaroo-fixed1", kangaroo(FixedLength(1)), frozenset({NONE, ALL})),
+    Case("kangaroo-fixed6", kangaroo(FixedLength(6))),
+    Case("kangaroo-eta0.1", kangaroo(ConfidenceThreshold(6, 0.1))),
+    Case("kangaroo-eta1", kangaroo(ConfidenceThreshold(6, 1.0)), frozenset({NONE, ALL})),
+    Case("kangaroo-tree-fixed4", kangaroo(FixedLength(4), Branching(3, 16))),
+    Case("kangaroo-tree-eta0.1", kangaroo(ConfidenceThreshold(6, 0.1), Branching(2, 64))),
+]
+
+
+def find_case(name: str) -> Case:
+    (case,) = [one for one in CASES if one.name == name]
+    return case
+
+
+@dataclass(frozen=True)
+class Backend:
+    """The reference kernels, or those of an instruction set with weights in some storage."""
+
+    kernels: str = REFERENCE
+    storage: str = "float32"
+
+    def __str__(self) -> str:
+        return f"{self.kernels}-{self.storage}"
+
+
+def native_backends() -> list[Backend]:
+    """Every storage on the fastest instruction set, and float32 on the others."""
+    *others, fastest = cpu.instruction_sets()
+    every = [Backend(fastest, storage) for storage in ("float32", "bfloat16", "float16", "int8")]
+    return every + [Backend(name) for name in others]
+
+
+ON_REFERENCE = Backend()
+ON_NATIVE = native_backends()
+
+
+@functools.cache
+def target_on(backend: Backend, family: str) -> Transformer:
+    """The tame model of a family, whose early exit at EXIT_LAYER is right about half the time."""
+    target = tame_transformer(family, EXIT_LAYER)
+    return target if backend == ON_REFERENCE else packed.pack(target, backend.storage)
+
+
+@functools.cache
+def adapter(target: Transformer, *, is_trained: bool) -> Adapter:
+    """The early exit itself, which an untrained adapter starts as, or noise; on the target's kernels."""
+    made = Adapter.initialize(target, EXIT_LAYER)
+    if not is_trained:
+        shape = made.tensors["output"].shape
+        made.tensors["output"] = 3 * torch.randn(shape, generator=torch.Generator().manual_seed(2))
+    return made if target.backend == REFERENCE else made.pack(target)  # type: ignore[arg-type]
