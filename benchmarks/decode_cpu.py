@@ -85,18 +85,20 @@ def measure_draft_cost(model: LoadedModel, prompt: tuple[int, ...], *, num_repea
     plain, target = llm_for(model, "plain"), model.target
     drafter = build_drafter(model, KangarooSettings(gamma=7, eta=0.0))
     params = SamplingParams(2 * num_repeats + 1, ignore_eos=True)
-    decoding = plain.engine.begin(Request(prompt, params))
-    sequence = Sequence(Request(prompt, params), slot=0, tokens=list(prompt))
+    plain.engine.submit(Request(prompt, params))
+    plain.engine.step()
+    sequence = Sequence(Request(prompt, params), slot=0)
     batch = Batch(target, target.new_cache(1, len(prompt) + 16), [sequence])
     drafter.begin([sequence], num_slots=len(prompt) + 16)
-    sequence.tokens += prefill(batch, drafter).tokens[0]
+    for token in prefill(batch, drafter, num_rows=[len(prompt)]).tokens[0]:
+        sequence.append(token, "bonus")
     nothing = Outcome(((),), ((),), ({layer: torch.empty(0, target.config.hidden_size) for layer in drafter.taps},))
     times: dict[str, list[float]] = {"plain": [], "one": [], "seven": []}
     for _ in range(num_repeats):
         for name, sequence.max_draft in (("one", 1), ("seven", 7)):
             # Each draft follows a pass over the whole model, as in decoding, which leaves little of it in the cache.
             started_s = time.perf_counter()
-            plain.engine.step(decoding)
+            plain.engine.step()
             times["plain"].append(time.perf_counter() - started_s)
             started_s = time.perf_counter()
             drafter.draft(batch)

@@ -126,14 +126,14 @@ def measure_outside(target: PackedTransformer, *, num_tokens: int) -> dict[str, 
     _native.Stack.run, _native.run_head = timed(run), timed(head)  # type: ignore[method-assign,assignment]
     try:
         engine = Engine(target, PlainDrafter())
-        decoding = engine.begin(Request(tuple(range(3, 131)), SamplingParams(num_tokens)))
+        decoding = engine.submit(Request(tuple(range(3, 131)), SamplingParams(num_tokens)))
+        engine.step()
         shares, steps = [], []
-        while decoding.sequence.finish_reason is None:
+        while decoding.finish_reason is None:
             inside[0], started_s = 0.0, time.perf_counter()
-            engine.step(decoding)
+            engine.step()
             steps.append(time.perf_counter() - started_s)
             shares.append(1 - inside[0] / steps[-1])
-        engine.end(decoding)
     finally:
         _native.Stack.run, _native.run_head = run, head  # type: ignore[method-assign]
     return {"step_time_s": statistics.median(steps), "outside_share": statistics.median(shares)}

@@ -101,8 +101,12 @@ class LLM:
             raise SettingsError(f"n must be 1 to stream one text, got {params.n}; use generate()")
         request = self.request(prompt, params)
         decoding = self.engine.submit(request, TextStream(self.model.tokenizer, params.stop))
-        while not decoding.new_tokens and decoding.finish_reason is None:
-            self.engine.step()
+        try:
+            while not decoding.new_tokens and decoding.finish_reason is None:
+                self.engine.step()
+        except BaseException:
+            self.engine.cancel(decoding)
+            raise
         return self._stream(decoding)
 
     def request(self, prompt: str | Sequence[int], params: SamplingParams) -> Request:
@@ -114,12 +118,16 @@ class LLM:
         """Queue params.n texts of a prompt, each with a seed of its own; engine.step() decodes them."""
         seed = draw_seed() if params.seed is None else params.seed
         request = self.request(prompt, params)
-        begun = []
-        for index in range(params.n):
-            own = replace(request, params=replace(params, seed=derive_seed(seed, index)))
-            # A text is decoded as it comes only for what may end it.
-            text = TextStream(self.model.tokenizer, params.stop) if params.stop else None
-            begun.append(self.engine.submit(own, text))
+        begun: list[Decoding] = []
+        try:
+            for index in range(params.n):
+                own = replace(request, params=replace(params, seed=derive_seed(seed, index)))
+                # A text is decoded as it comes only for what may end it.
+                text = TextStream(self.model.tokenizer, params.stop) if params.stop else None
+                begun.append(self.engine.submit(own, text))
+        except BaseException:
+            self._abandon(begun)
+            raise
         return begun
 
     def completion(self, decoding: Decoding, *, index: int = 0) -> Completion:
@@ -148,14 +156,14 @@ class LLM:
         )
 
     def _stream(self, decoding: Decoding) -> Generator[Token, None, Completion]:
-        num_yielded = 0
+        sequence, num_prompt, index = decoding.sequence, len(decoding.request.prompt_ids), 0
+        assert sequence is not None, "a request that has emitted has a slot"
         try:
             while True:
-                tokens = decoding.new_tokens
-                assert decoding.sequence is not None, "a request that has emitted has a slot"
-                for index in range(num_yielded, len(tokens)):
-                    yield Token(tokens[index], decoding.pieces[index], decoding.sequence.origins[index])
-                num_yielded = len(tokens)
+                # While the reader of this stream is elsewhere, other requests' steps go on with it.
+                while index < sequence.num_new_tokens:
+                    yield Token(sequence.tokens[num_prompt + index], decoding.pieces[index], sequence.origins[index])
+                    index += 1
                 if decoding.finish_reason is not None:
                     _raise_error(decoding)
                     return self.completion(decoding)

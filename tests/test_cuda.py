@@ -30,10 +30,8 @@ def on_cuda(model: Transformer, dtype: torch.dtype) -> Transformer:
 
 def decode(target: Transformer, drafter: Drafter, *, params: SamplingParams) -> tuple[int, ...]:
     engine = Engine(target, drafter)
-    decoding = engine.begin(Request(PROMPT, params))
-    while decoding.sequence.finish_reason is None:
-        engine.step(decoding)
-    engine.end(decoding)
+    decoding = engine.submit(Request(PROMPT, params))
+    engine.run(decoding)
     return tuple(decoding.new_tokens)
 
 

@@ -2,7 +2,8 @@
 
 import json
 import shutil
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
@@ -10,19 +11,23 @@ import pytest
 import torch
 
 from kangaroo.drafters.adapter import CONFIG_FILE, WEIGHTS_FILE, Adapter
+from kangaroo.drafters.base import Batch
 from kangaroo.drafters.kangaroo import KangarooDrafter
 from kangaroo.drafters.plain import PlainDrafter
 from kangaroo.drafters.settings import KangarooSettings
-from kangaroo.errors import AdapterError, CheckpointError, KangarooError, PromptError, SettingsError
-from kangaroo.llm import LLM
-from kangaroo.model.cache import CachedPass
+from kangaroo.engine import step
+from kangaroo.engine.pace import Pace
+from kangaroo.engine.scheduler import Limits
+from kangaroo.engine.step import _Choices
+from kangaroo.errors import AdapterError, CheckpointError, PromptError, QueueFullError, SettingsError
+from kangaroo.llm import LLM, build_drafter
 from kangaroo.model.checkpoint import load_model
 from kangaroo.model.config import ModelConfig
 from kangaroo.model.weights import save_checkpoint
-from kangaroo.types import Completion, SamplingParams, Token
-from tests.tiny import EOS, VOCAB_SIZE, save_tiny_tokenizer, tiny_raw_config, tiny_tokenizer, tiny_transformer
+from kangaroo.types import Completion, Draft, SamplingParams, Token
+from tests.tiny import VOCAB_SIZE, save_tiny_tokenizer, tiny_raw_config, tiny_transformer
 
-EXIT_LAYER = 2
+EXIT_LAYER, EOS_ID = 2, VOCAB_SIZE - 1
 PROMPT = "A kangaroo hops"
 
 
@@ -53,9 +58,15 @@ def own_model(tmp_path: Path, model: Path) -> Path:
     return Path(shutil.copytree(model, tmp_path / "own"))
 
 
+def steady(model: Path, drafter: str | KangarooSettings, *, limits: Limits | None = None) -> LLM:
+    """An LLM that drafts as its drafter will, whatever that is measured to bring."""
+    loaded = load_model(str(model))
+    return LLM(loaded, build_drafter(loaded, drafter), limits=limits)
+
+
 @pytest.fixture(scope="module")
 def kangaroo(model: Path) -> LLM:
-    return LLM.from_pretrained(str(model), KangarooSettings(gamma=4, eta=0.0))
+    return steady(model, KangarooSettings(gamma=4, eta=0.0))
 
 
 @pytest.fixture(scope="module")
@@ -128,10 +139,9 @@ def test_missing_model_folder_is_refused(tmp_path: Path) -> None:
         load_model(str(tmp_path / "nowhere"))
 
 
-@pytest.mark.parametrize("max_context", [-5, 0, 1, 257])
-def test_context_without_room_or_beyond_the_model_is_refused(model: Path, max_context: int) -> None:
-    with pytest.raises(SettingsError, match=f"max_context must be in 2..256 .*, got {max_context}"):
-        LLM.from_pretrained(str(model), "plain", max_context=max_context)
+def test_context_beyond_the_model_is_refused(model: Path) -> None:
+    with pytest.raises(SettingsError, match=r"max_context must be in 2\.\.256 .*, got 257"):
+        LLM.from_pretrained(str(model), "plain", limits=Limits(max_context=257))
 
 
 def test_kangaroo_without_an_adapter_folder_is_refused(own_model: Path) -> None:
@@ -275,13 +285,13 @@ def test_seed_decides_a_sampled_text(kangaroo: LLM) -> None:
 
 def test_one_llm_serves_growing_and_shrinking_requests_as_a_fresh_one_does(model: Path, kangaroo: LLM) -> None:
     for prompt, wanted in [("a", 3), ("b" * 100, 30), ("cd" * 20, 5), ("e", 60), ("f" * 180, 40)]:
-        params = SamplingParams(max_new_tokens=wanted, temperature=0.5)
+        params = SamplingParams(max_new_tokens=wanted, temperature=0.5, seed=3)
         fresh = LLM.from_pretrained(str(model), KangarooSettings(gamma=4, eta=0.0))
         assert kangaroo.generate(prompt, params).token_ids == fresh.generate(prompt, params).token_ids
 
 
 def test_text_that_fills_the_context_ends_for_length(model: Path) -> None:
-    llm = LLM.from_pretrained(str(model), max_context=32)
+    llm = LLM.from_pretrained(str(model), limits=Limits(max_context=32))
     done = llm.generate(PROMPT, SamplingParams(max_new_tokens=100))
     assert done.num_prompt_tokens + done.num_new_tokens == 32
     assert done.finish_reason == "length"
@@ -301,14 +311,18 @@ def test_stream_yields_what_generate_returns(kangaroo: LLM, temperature: float) 
     assert {token.origin for token in tokens} == {"draft", "bonus"}
 
 
-def spell(llm: LLM, monkeypatch: pytest.MonkeyPatch, ids: Sequence[int]) -> tuple[list[Token], Completion]:
+def spell(
+    llm: LLM, monkeypatch: pytest.MonkeyPatch, ids: Sequence[int], *, stop: str | tuple[str, ...] = ()
+) -> tuple[list[Token], Completion]:
     """A stream of a model made to emit these ids, whatever its weights say."""
 
-    def scripted(hidden: torch.Tensor, attention: CachedPass, **others: object) -> torch.Tensor:
-        return torch.tensor([ids[position - 1] for position in attention.positions[-len(hidden) :].tolist()])
+    class Scripted(_Choices):
+        def pick(self, index: int) -> Callable[[int, Sequence[int]], int]:
+            at = self._sequences[index].num_new_tokens
+            return lambda node, drafted: ids[at + len(drafted)]
 
-    monkeypatch.setattr("kangaroo.engine.step._choose", scripted)
-    return drain(llm, [7, 7], SamplingParams(max_new_tokens=len(ids)))
+    monkeypatch.setattr(step, "_Choices", Scripted)
+    return drain(llm, [7, 7], SamplingParams(max_new_tokens=len(ids), stop=stop))
 
 
 def test_streamed_character_of_several_tokens_comes_with_its_last(plain: LLM, monkeypatch: pytest.MonkeyPatch) -> None:
@@ -338,7 +352,7 @@ def test_streamed_texts_join_to_the_text_whatever_bytes_come(kangaroo: LLM, seed
 
 
 def test_special_tokens_are_emitted_but_not_spelled(plain: LLM, monkeypatch: pytest.MonkeyPatch) -> None:
-    ids = [*plain.model.tokenizer.encode("hi", add_special_tokens=False), tiny_tokenizer().token_to_id(EOS)]
+    ids = [*plain.model.tokenizer.encode("hi", add_special_tokens=False), EOS_ID]
     tokens, done = spell(plain, monkeypatch, ids)
     assert "".join(token.text for token in tokens) == done.text == "hi"
     assert done.token_ids == tuple(ids)
@@ -349,7 +363,7 @@ def test_stream_closed_early_frees_the_drafters_memory(kangaroo: LLM) -> None:
     stream = kangaroo.stream(PROMPT, SamplingParams(max_new_tokens=20))
     next(stream)
     assert len(memory) == 1
-    stream.close()  # type: ignore[attr-defined]
+    stream.close()
     assert memory == {}
 
 
@@ -363,14 +377,189 @@ def test_generation_that_fails_midway_frees_the_drafters_memory(kangaroo: LLM, m
     assert kangaroo.drafter._memory == {}  # type: ignore[attr-defined]
 
 
-def test_stream_overtaken_by_another_request_is_refused_instead_of_mixing_texts(kangaroo: LLM) -> None:
-    params = SamplingParams(max_new_tokens=20)
-    stream = kangaroo.stream(PROMPT, params)
-    next(stream)
-    kangaroo.generate("another", params)
-    with pytest.raises(KangarooError, match="one request at a time"):
-        list(stream)
+def test_stream_whose_prompt_cannot_be_read_leaves_nothing_behind(
+    kangaroo: LLM, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    def fail(*arguments: object, **others: object) -> None:
+        raise RuntimeError("no more memory")
+
+    with monkeypatch.context() as patch:
+        patch.setattr("kangaroo.engine.engine.prefill", fail)
+        with pytest.raises(RuntimeError, match="no more memory"):
+            kangaroo.stream(PROMPT)
+    assert kangaroo.engine.scheduler.running == []
     assert kangaroo.drafter._memory == {}  # type: ignore[attr-defined]
+
+
+def test_stream_goes_on_while_another_request_is_decoded(model: Path, kangaroo: LLM) -> None:
+    params = SamplingParams(max_new_tokens=20)
+    expected = kangaroo.generate(PROMPT, params), kangaroo.generate("another", params)
+    for max_batch_size in (1, 2):
+        llm = steady(model, KangarooSettings(gamma=4, eta=0.0), limits=Limits(max_batch_size=max_batch_size))
+        stream = llm.stream(PROMPT, params)
+        first = next(stream)
+        assert llm.generate("another", params).token_ids == expected[1].token_ids
+        rest = list(stream)
+        assert (first.token_id, *(token.token_id for token in rest)) == expected[0].token_ids
+
+
+def test_streams_in_turns_yield_what_each_alone_yields(model: Path, kangaroo: LLM) -> None:
+    prompts = [PROMPT, "another", "and a third"]
+    params = SamplingParams(max_new_tokens=18, temperature=0.8, seed=4)
+    llm = steady(model, KangarooSettings(gamma=3, eta=0.0), limits=Limits(max_batch_size=3))
+    streams = {prompt: llm.stream(prompt, params) for prompt in prompts}
+    texts: dict[str, list[Token]] = {prompt: [] for prompt in prompts}
+    ended: dict[str, Completion] = {}
+    while len(ended) < len(prompts):
+        for prompt in prompts:
+            if prompt not in ended:
+                try:
+                    texts[prompt].append(next(streams[prompt]))
+                except StopIteration as stop:
+                    ended[prompt] = stop.value
+    for prompt in prompts:
+        alone = kangaroo.generate(prompt, params)
+        assert tuple(token.token_id for token in texts[prompt]) == ended[prompt].token_ids == alone.token_ids
+        assert "".join(token.text for token in texts[prompt]) == ended[prompt].text == alone.text
+
+
+def test_stream_stops_before_a_stop_string(plain: LLM, monkeypatch: pytest.MonkeyPatch) -> None:
+    ids = plain.model.tokenizer.encode("one END two", add_special_tokens=False)
+    tokens, done = spell(plain, monkeypatch, ids, stop="END")
+    assert [token.text for token in tokens] == ["o", "n", "e", " ", "", "", ""]
+    assert (done.text, done.finish_reason, done.num_new_tokens) == ("one ", "stop", 7)
+
+
+def test_several_texts_are_not_streamed(kangaroo: LLM) -> None:
+    with pytest.raises(SettingsError, match="n must be 1 to stream one text, got 2"):
+        kangaroo.stream(PROMPT, SamplingParams(n=2))
+
+
+# --- several prompts
+
+
+PROMPTS = ["a", "bb" * 20, PROMPT, "dd", "e" * 60]
+
+
+@pytest.mark.parametrize("temperature", [0.0, 0.8])
+@pytest.mark.parametrize("max_batch_size", [1, 2, 8])
+def test_list_of_prompts_gives_the_text_of_each_in_their_order(
+    model: Path, kangaroo: LLM, max_batch_size: int, temperature: float
+) -> None:
+    params = SamplingParams(max_new_tokens=15, temperature=temperature, seed=6)
+    llm = steady(model, KangarooSettings(gamma=4, eta=0.0), limits=Limits(max_batch_size=max_batch_size))
+    done = llm.generate(PROMPTS, params)
+    assert [one.token_ids for one in done] == [kangaroo.generate(prompt, params).token_ids for prompt in PROMPTS]
+    assert [one.index for one in done] == [0] * len(PROMPTS)
+    ids: list[Sequence[int]] = [llm.model.tokenizer.encode(prompt) for prompt in PROMPTS]
+    assert [one.token_ids for one in llm.generate(ids, params)] == [one.token_ids for one in done]
+    assert [one.num_prompt_tokens for one in done] == list(map(len, ids))
+
+
+def test_largest_batch_is_as_the_limits_say(model: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    llm = steady(model, "plain", limits=Limits(max_batch_size=3))
+    sizes: list[int] = []
+    draft = llm.drafter.draft
+
+    def watched(batch: Batch) -> Draft:
+        sizes.append(len(batch.sequences))
+        return draft(batch)
+
+    monkeypatch.setattr(llm.drafter, "draft", watched)
+    llm.generate(["x"] * 7, SamplingParams(max_new_tokens=5))
+    assert max(sizes) == 3
+    assert sizes.count(3) > len(sizes) / 2
+
+
+def test_texts_of_one_prompt_are_those_of_its_seeds(kangaroo: LLM) -> None:
+    params = SamplingParams(max_new_tokens=10, temperature=1.0, seed=9, n=3)
+    several = kangaroo.generate(PROMPT, params)
+    assert isinstance(several, list)
+    assert [one.index for one in several] == [0, 1, 2]
+    assert several[0].seed == 9
+    assert len({one.token_ids for one in several}) == 3
+    for one in several:
+        again = kangaroo.generate(PROMPT, replace(params, n=1, seed=one.seed))
+        assert again.token_ids == one.token_ids
+
+
+def test_n_texts_of_every_prompt_come_prompt_by_prompt(kangaroo: LLM) -> None:
+    params = SamplingParams(max_new_tokens=4, temperature=1.0, seed=9, n=2)
+    done = kangaroo.generate(["a", "bcd"], params)
+    assert [(one.num_prompt_tokens, one.index) for one in done] == [(2, 0), (2, 1), (4, 0), (4, 1)]
+    expected: list[Completion] = []
+    for prompt in ("a", "bcd"):
+        expected += kangaroo.generate([prompt], params)
+    assert [one.token_ids for one in done] == [one.token_ids for one in expected]
+
+
+def test_seed_is_drawn_where_none_is_given_and_reported(kangaroo: LLM) -> None:
+    params = SamplingParams(max_new_tokens=12, temperature=1.0)
+    done = kangaroo.generate([PROMPT, PROMPT], params)
+    seeds = [one.seed for one in done]
+    assert None not in seeds
+    assert seeds[0] != seeds[1]
+    for one in done:
+        assert kangaroo.generate(PROMPT, replace(params, seed=one.seed)).token_ids == one.token_ids
+
+
+@pytest.mark.parametrize("prompts", [["a", ""], ["a", "x" * 300], [[1], [VOCAB_SIZE]]])
+def test_impossible_prompt_among_others_stops_all_before_any_is_decoded(kangaroo: LLM, prompts: Any) -> None:
+    with pytest.raises(PromptError):
+        kangaroo.generate(prompts)
+    assert kangaroo.engine.scheduler.num_waiting == 0
+    assert kangaroo.engine.scheduler.running == []
+
+
+def test_texts_beyond_the_queue_are_refused_and_none_stays(model: Path) -> None:
+    llm = steady(model, "plain", limits=Limits(max_batch_size=2, max_waiting=1))
+    params = SamplingParams(max_new_tokens=3)
+    for wanted in (["a"] * 4, "a"):
+        with pytest.raises(QueueFullError, match="at most 1 requests may wait"):
+            llm.generate(wanted, params if isinstance(wanted, list) else replace(params, n=4))
+        assert llm.engine.scheduler.num_waiting == 0
+    assert len(llm.generate(["a"] * 3, params)) == 3
+
+
+class Forking(PlainDrafter):
+    """Drafts two siblings, which the block rule refuses to verify."""
+
+    def draft(self, batch: Batch) -> Draft:
+        roots = super().draft(batch).tokens
+        return Draft(roots.repeat(1, 3), ((-1, 0, 0),) * len(roots))
+
+
+def test_error_in_a_text_of_several_is_reported_in_its_completion_and_raised_for_one(model: Path) -> None:
+    llm = LLM(load_model(str(model)), Forking(), limits=Limits(max_batch_size=2))
+    failing = SamplingParams(max_new_tokens=5, temperature=1.0, seed=1, acceptance="block")
+    done = llm.generate(["a", "b"], failing)
+    for one in done:
+        assert (one.finish_reason, one.num_new_tokens) == ("error", 1)
+        assert one.error is not None
+        assert "acceptance 'block' verifies chains only" in one.error
+    with pytest.raises(SettingsError, match="verifies chains only"):
+        llm.generate("a", failing)
+    with pytest.raises(SettingsError, match="verifies chains only"):
+        list(llm.stream("a", failing))
+    assert llm.engine.scheduler.num_free_slots == 2
+
+
+def test_stop_strings_end_each_of_several_texts(model: Path, plain: LLM) -> None:
+    params = SamplingParams(max_new_tokens=20, temperature=1.0, seed=2)
+    llm = steady(model, KangarooSettings(gamma=4, eta=0.0), limits=Limits(max_batch_size=4))
+    whole = [plain.generate(prompt, params).text for prompt in PROMPTS]
+    stop = whole[1][3:5]
+    done = llm.generate(PROMPTS, replace(params, stop=stop))
+    assert [one.text for one in done] == [text.partition(stop)[0] for text in whole]
+    assert [one.finish_reason for one in done] == ["stop" if stop in text else "length" for text in whole]
+    assert "stop" in [one.finish_reason for one in done]
+
+
+def test_pretrained_models_draft_at_a_measured_pace(model: Path) -> None:
+    llm = LLM.from_pretrained(str(model))
+    assert isinstance(llm.engine.pace, Pace)
+    done = llm.generate(PROMPT, SamplingParams(max_new_tokens=30))
+    assert llm.engine.pace.num_steps == done.num_steps
 
 
 def test_dtype_and_weights_exclude_each_other(model: Path) -> None:

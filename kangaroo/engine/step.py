@@ -42,7 +42,8 @@ def prefill(batch: Batch, drafter: Drafter, *, num_rows: SequenceOf[int]) -> Out
     done = [row for row, end in enumerate(ends) if end]
     if done:
         finished = [batch.sequences[row] for row in done]
-        choices = _Choices(target, torch.cat([blocks[row][-1:] for row in done]), finished, num_nodes=[1] * len(done))
+        choices = _Choices(target, torch.cat([blocks[row][-1:] for row in done]), sequences=finished,
+                           num_nodes=[1] * len(done))  # fmt: skip
         for index, row in enumerate(done):
             try:
                 emitted[row] = (choices.pick(index)(0, ()),)
@@ -72,7 +73,7 @@ def verify_draft(batch: Batch, drafter: Drafter, *, draft: Draft) -> Outcome:
     entering = target.embed(_pack(draft)) if draft.hidden is None else draft.hidden
     span = (draft.resume_layer, target.num_layers)
     hidden, taps = target.forward(entering, span, attention=attention, taps=drafter.taps)
-    choices = _Choices(target, hidden, batch.sequences, num_nodes=draft.num_nodes)
+    choices = _Choices(target, hidden, sequences=batch.sequences, num_nodes=draft.num_nodes)
     all_tokens = draft.tokens.tolist() if isinstance(draft.tokens, Tensor) else draft.tokens
     paths, emitted, tapped, first_row = [], [], [], 0
     for row, sequence in enumerate(batch.sequences):
@@ -98,7 +99,7 @@ class _Choices:
     """
 
     def __init__(
-        self, target: Transformer, hidden: Tensor, sequences: SequenceOf[Sequence], *, num_nodes: SequenceOf[int]
+        self, target: Transformer, hidden: Tensor, *, sequences: SequenceOf[Sequence], num_nodes: SequenceOf[int]
     ) -> None:
         self._sequences = sequences
         self._first_rows = [sum(num_nodes[:row]) for row in range(len(num_nodes))]
@@ -119,7 +120,7 @@ class _Choices:
 
         def pick(node: int, drafted: SequenceOf[int]) -> int:
             token = choose(self.logits(index, node), sequence.request.params, prefix=sequence.prefix, drafted=drafted)
-            self.record(index, node, token, drafted)
+            self.record(index, node, token=token, drafted=drafted)
             return token
 
         return pick
@@ -129,7 +130,7 @@ class _Choices:
         assert self._logits is not None, "only the argmax was computed"
         return self._logits[self._first_rows[index] + node]
 
-    def record(self, index: int, node: int, token: int, drafted: SequenceOf[int]) -> None:
+    def record(self, index: int, node: int, *, token: int, drafted: SequenceOf[int]) -> None:
         """Keep the token's log-probability with its sequence if the request asks for it."""
         sequence = self._sequences[index]
         params = sequence.request.params
@@ -157,7 +158,7 @@ def _verify(draft: Draft, row: int, *, tokens: SequenceOf[int], choices: _Choice
         noise=Uniforms(params.seed, prefix.num_tokens - 1),
     )
     for depth, (node, token) in enumerate(zip(path, picked, strict=True)):
-        choices.record(row, node, token, picked[:depth])
+        choices.record(row, node, token=token, drafted=picked[:depth])
     return path, picked
 
 

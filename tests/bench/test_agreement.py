@@ -22,11 +22,11 @@ def test_forced_steps_on_greedy_text_are_the_steps_of_decoding(gamma: int, num_n
         layer.down.mul_(0.1)
     adapter = Adapter.initialize(target, 1)
     engine = Engine(target, KangarooDrafter(target, adapter, stopping=FixedLength(gamma)))
-    decoding = engine.begin(Request((5, 6, 7), SamplingParams(max_new_tokens=num_new_tokens)))
-    while decoding.sequence.finish_reason is None:
-        engine.step(decoding)
+    decoding = engine.submit(Request((5, 6, 7), SamplingParams(max_new_tokens=num_new_tokens)))
+    engine.run(decoding)
+    text = [5, 6, 7, *decoding.new_tokens]
     with torch.inference_mode():
-        counted = count_forced_steps(target, adapter, token_ids=decoding.sequence.tokens, num_prompt=3, gamma=gamma)
+        counted = count_forced_steps(target, adapter, token_ids=text, num_prompt=3, gamma=gamma)
     assert counted == (num_new_tokens - 1, decoding.num_steps)
     if num_new_tokens == 40:
         assert 0 < decoding.num_accepted < decoding.num_drafted

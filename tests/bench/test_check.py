@@ -13,7 +13,7 @@ from torch import Tensor
 from kangaroo.bench.check import Acceptance, Checker, judge, total
 from kangaroo.bench.prompts import Prompt
 from kangaroo.drafters.adapter import Adapter
-from kangaroo.drafters.base import Batch, chain_draft
+from kangaroo.drafters.base import Batch, draft_roots
 from kangaroo.drafters.kangaroo import KangarooDrafter
 from kangaroo.drafters.plain import PlainDrafter
 from kangaroo.drafters.stopping import FixedLength
@@ -73,14 +73,12 @@ class Oracle(PlainDrafter):
         depth = min(sequence.max_draft // 2, 3)
         start = len(sequence.tokens)
         if depth == 0:
-            return chain_draft(torch.tensor([sequence.tokens[-1]]), [])
-        tokens, parents, depths = [sequence.tokens[-1]], [-1], [0]
+            return draft_roots(batch)
+        tokens, parents = [sequence.tokens[-1]], [-1]
         for level, token in enumerate(self._text[start : start + depth]):
             tokens += [(token + 1) % 258, token]
             parents += [2 * level] * 2
-            depths += [level + 1] * 2
-        stacked = torch.tensor([tokens, parents, depths])[:, None]
-        return Draft(tokens=stacked[0], parents=stacked[1], depths=stacked[2], num_nodes=(len(tokens),))
+        return Draft(torch.tensor([tokens]), (tuple(parents),))
 
 
 @pytest.mark.parametrize("storage", ["float32", "bfloat16", "float16", "int8"])
@@ -148,7 +146,7 @@ def test_margins_of_sampled_texts_count_the_noise(monkeypatch: pytest.MonkeyPatc
     checks, params = checker(storage="float32"), replace(GREEDY, temperature=2.0, seed=3)
     found = checks.check(PROMPT[:1], params).divergence
     assert found is not None
-    noise = gumbel_noise(torch.tensor([found.position]), 258, seed=3)[0]
+    noise = gumbel_noise(found.position, torch.arange(258), seed=3)
     scores = list(checks._plain.logits())[found.position] + 2.0 * noise
     best = scores.topk(2)
     assert (int(best.indices[0]), float(best.values[0] - best.values[1])) == (found.candidates[0], found.margin)

@@ -11,7 +11,7 @@ import pytest
 
 import kangaroo
 from kangaroo.cli.shared import DrafterName, Dtype
-from kangaroo.drafters import NAMES
+from kangaroo.drafters.settings import SETTINGS
 from kangaroo.llm import LLM
 from kangaroo.model.weights import DTYPES
 
@@ -44,7 +44,7 @@ def test_version(run: Run) -> None:
 
 def test_choices_are_those_of_the_library() -> None:
     assert get_args(Dtype) == tuple(DTYPES)
-    assert get_args(DrafterName) == NAMES
+    assert get_args(DrafterName) == tuple(SETTINGS)
 
 
 def test_nothing_asked_shows_the_help(run: Run) -> None:

@@ -1,8 +1,9 @@
 """Kangaroo shares the target's first layers: nothing is computed twice, nothing is left over, nothing waits."""
 
 from collections import Counter
-from collections.abc import Iterator, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
+from pathlib import Path
 from typing import Any
 
 import pytest
@@ -13,18 +14,25 @@ from kangaroo.drafters import kangaroo as module
 from kangaroo.drafters.adapter import Adapter
 from kangaroo.drafters.base import Batch
 from kangaroo.drafters.base import Sequence as DecodedSequence
-from kangaroo.drafters.kangaroo import KangarooDrafter
+from kangaroo.drafters.kangaroo import KangarooDrafter, build
 from kangaroo.drafters.plain import PlainDrafter
 from kangaroo.drafters.settings import KangarooSettings
 from kangaroo.drafters.stopping import ConfidenceThreshold, FixedLength, StoppingPolicy
+from kangaroo.drafters.tree import Branching
 from kangaroo.engine import engine as engine_module
-from kangaroo.engine.engine import Decoding, Engine
+from kangaroo.engine.decoding import Decoding
+from kangaroo.engine.engine import Engine
+from kangaroo.engine.scheduler import Limits
+from kangaroo.engine.step import prefill
 from kangaroo.errors import AdapterError, SettingsError
 from kangaroo.model import packed
 from kangaroo.model.cache import CachedPass, KVCache, Segment
+from kangaroo.model.checkpoint import LoadedModel
+from kangaroo.model.tokenizer import Tokenizer
 from kangaroo.model.transformer import FullSequencePass, Transformer
+from kangaroo.model.weights import assemble, disassemble
 from kangaroo.types import Draft, Outcome, Request, SamplingParams
-from tests.tiny import tame_transformer
+from tests.tiny import tame_transformer, tiny_tokenizer
 
 FAMILIES = ["llama", "mistral", "qwen2", "qwen3", "gemma2"]
 EXIT_LAYER = 2
@@ -53,7 +61,7 @@ class Recorder:
         self.drafter = drafter
         self._draft, self._accept = drafter.draft, drafter.accept
         drafter.draft, drafter.accept = self.draft, self.accept  # type: ignore[method-assign]
-        self.decoding: Decoding = self.engine.begin(Request(PROMPT, params))
+        self.decoding: Decoding = self.engine.submit(Request(PROMPT, params))
 
     def draft(self, batch: Batch) -> Draft:
         draft = self._draft(batch)
@@ -69,8 +77,12 @@ class Recorder:
         self._accept(sequences, outcome)
 
     def finish(self) -> None:
-        while self.decoding.sequence.finish_reason is None:
-            self.engine.step(self.decoding)
+        self.engine.run(self.decoding)
+
+    @property
+    def text(self) -> list[int]:
+        """The prompt and what came after it."""
+        return [*PROMPT, *self.decoding.new_tokens]
 
     def steps(self) -> Iterator[tuple[list[int], Draft, Outcome]]:
         """Text, draft and outcome of every step."""
@@ -92,6 +104,8 @@ def test_rows_written_while_drafting_equal_those_of_a_fresh_pass(family: str) ->
 
     class Checking(Recorder):
         def after_draft(self, batch: Batch, draft: Draft) -> None:
+            if draft.num_nodes == (1,):
+                return
             text = batch.sequences[0].tokens + draft.tokens[0, 1:].tolist()
             fresh, hidden = fresh_pass(target, text, EXIT_LAYER)
             for layer in range(EXIT_LAYER):
@@ -113,11 +127,10 @@ def test_adapter_cache_after_many_steps_equals_a_fresh_pass_of_the_adapter(
 ) -> None:
     target = tame_target(family)
     drafter = make_drafter(target, stopping)
-    recorder = Recorder(drafter, target, SamplingParams(max_new_tokens=40))
-    recorder.finish()
-    mine = drafter._cache
-    assert mine is not None
-    tokens = recorder.decoding.sequence.tokens
+    recorder = Recorder(drafter, target, SamplingParams(max_new_tokens=60))
+    while len(recorder.decoding.new_tokens) < 40:
+        recorder.engine.step()
+    mine, tokens = drafter._cache, recorder.text
     _, hidden = fresh_pass(target, tokens, EXIT_LAYER)
     adapter, num_rows = drafter._adapter, mine.lengths[0]
     fresh = KVCache(adapter.model_config, 1, num_slots=num_rows, dtype=torch.float32, device=target.device)
@@ -170,8 +183,11 @@ def test_every_token_passes_every_layer_once_per_draft(
     num_nodes = [draft.num_nodes[0] for _, draft in recorder.drafts]
     assert rows == dict.fromkeys(range(target.num_layers), len(PROMPT) + sum(num_nodes))
     expected = [((0, target.num_layers), len(PROMPT))]
-    for count in num_nodes:
+    # Where no guess is wanted the root passes all layers at once.
+    assert num_nodes[-1] == 1
+    for count in num_nodes[:-1]:
         expected += [((0, EXIT_LAYER), 1)] * count + [((EXIT_LAYER, target.num_layers), count)]
+    expected.append(((0, target.num_layers), 1))
     assert spans == expected
 
 
@@ -189,7 +205,6 @@ def test_adapter_is_fed_each_accepted_token_once(monkeypatch: pytest.MonkeyPatch
     monkeypatch.setattr(drafter._adapter, "run", spy)
     recorder = Recorder(drafter, target, SamplingParams(max_new_tokens=30))
     recorder.finish()
-    assert drafter._cache is not None
     expected = Counter(range(drafter._cache.lengths[0]))
     num_rejected, num_full = 0, 0
     for text, draft, outcome in recorder.steps():
@@ -223,29 +238,46 @@ def counting_host_reads(monkeypatch: pytest.MonkeyPatch) -> Iterator[Counter[str
         yield reads
 
 
-@pytest.mark.parametrize("temperature", [0.0, 0.8])
 @pytest.mark.parametrize("family", ["llama", "mistral", "gemma2"])
-@pytest.mark.parametrize("stopping", [FixedLength(4), ConfidenceThreshold(5, 0.3)], ids=["fixed", "threshold"])
-def test_host_waits_for_the_device_only_to_read_the_confidence(
-    monkeypatch: pytest.MonkeyPatch, stopping: StoppingPolicy, family: str, temperature: float
-) -> None:
+def test_host_reads_tokens_and_confidences_once_a_level(monkeypatch: pytest.MonkeyPatch, family: str) -> None:
     target = tame_target(family)
-    drafter = make_drafter(target, stopping)
+    drafter = make_drafter(target, ConfidenceThreshold(5, 0.3))
     draft_unwatched, seen = drafter.draft, []
 
     def watched(batch: Batch) -> Draft:
         with counting_host_reads(monkeypatch) as reads:
             draft = draft_unwatched(batch)
-        seen.append((sum(reads.values()), draft.num_nodes[0] - 1))
+        seen.append((sum(reads.values()), draft.tokens.shape[1] - 1))
         return draft
 
     monkeypatch.setattr(drafter, "draft", watched)
-    engine = Engine(target, drafter)
-    decoding = engine.begin(Request(PROMPT, SamplingParams(max_new_tokens=20, temperature=temperature)))
-    while decoding.sequence.finish_reason is None:
-        engine.step(decoding)
-    assert sum(num_guesses for _, num_guesses in seen) > 6
-    assert [reads for reads, _ in seen] == [guesses if stopping.reads_confidence else 0 for _, guesses in seen]
+    engine = Engine(target, drafter, limits=Limits(max_batch_size=3))
+    begun = [engine.submit(Request((9, first), SamplingParams(max_new_tokens=20))) for first in (1, 2, 3)]
+    for decoding in begun:
+        engine.run(decoding)
+    assert sum(num_levels for _, num_levels in seen) > 6
+    assert [reads for reads, _ in seen] == [2 * levels for _, levels in seen]
+
+
+@pytest.mark.parametrize("family", ["llama", "mistral", "gemma2"])
+def test_drafting_without_a_threshold_never_waits_for_a_device(family: str) -> None:
+    """On the meta device, whose tensors have no numbers to read."""
+    device = torch.device("meta")
+    loose = tame_target(family)
+    target = assemble(disassemble(loose), loose.config, storage="float32", device=device)
+    made = Adapter.initialize(loose, EXIT_LAYER)
+    tensors = {name: tensor.to(device) for name, tensor in made.tensors.items()}
+    drafter = KangarooDrafter(target, Adapter(made.config, target.config, tensors=tensors), stopping=FixedLength(4))
+    sequences = [DecodedSequence(Request(PROMPT, SamplingParams()), slot=slot, max_draft=4 - slot) for slot in range(2)]
+    batch = Batch(target, target.new_cache(2, 32), sequences)
+    drafter.begin(sequences, num_slots=32)
+    prefill(batch, drafter, num_rows=[len(PROMPT) - 1] * 2)
+    draft = drafter.draft(batch)
+    assert draft.parents == ((-1, 0, 1, 2, 3), (-1, 0, 1, 2))
+    assert draft.tokens.device == device
+    assert draft.tokens.shape == (2, 5)
+    assert draft.hidden is not None
+    assert draft.hidden.shape == (9, target.config.hidden_size)
 
 
 def drafts_of(stopping: StoppingPolicy, max_new_tokens: int = 30) -> list[tuple[list[int], Draft]]:
@@ -280,7 +312,7 @@ def test_eta_zero_drafts_gamma_tokens_and_eta_one_drafts_one() -> None:
 
 def test_draft_has_the_same_confidence_whether_or_not_a_policy_reads_it() -> None:
     unread, read = drafts_of(FixedLength(3)), drafts_of(ConfidenceThreshold(3, 0.0))
-    for (_, draft), (_, other) in zip(unread, read, strict=True):
+    for (_, draft), (_, other) in zip(unread[:-1], read[:-1], strict=True):
         assert draft.confidence is not None
         assert other.confidence is not None
         assert torch.equal(draft.confidence, other.confidence)
@@ -301,9 +333,8 @@ def test_long_prompt_fed_in_blocks_gives_the_same_adapter_cache(monkeypatch: pyt
         drafter = make_drafter(target, FixedLength(3))
         recorder = Recorder(drafter, target, SamplingParams(max_new_tokens=12))
         recorder.finish()
-        assert drafter._cache is not None
         caches.append(drafter._cache)
-        texts.append(recorder.decoding.sequence.tokens)
+        texts.append(recorder.text)
     assert texts[0] == texts[1]
     assert caches[0].lengths == caches[1].lengths
     torch.testing.assert_close(caches[0].keys[0], caches[1].keys[0], rtol=1e-4, atol=1e-4)
@@ -319,11 +350,9 @@ def test_reused_drafter_decodes_growing_and_shrinking_requests_as_a_fresh_one(mo
         )
         texts = []
         for engine in (reused, Engine(target, make_drafter(target, FixedLength(4))), Engine(target, PlainDrafter())):
-            decoding = engine.begin(request)
-            while decoding.sequence.finish_reason is None:
-                engine.step(decoding)
-            engine.end(decoding)
-            texts.append((decoding.sequence.tokens, decoding.accepted_lengths))
+            decoding = engine.submit(request)
+            engine.run(decoding)
+            texts.append((decoding.new_tokens, decoding.accepted_lengths))
         assert texts[0] == texts[1]
         assert texts[0][0] == texts[2][0]
 
@@ -332,15 +361,16 @@ def test_ended_sequence_leaves_no_memory() -> None:
     target = tame_target()
     drafter = make_drafter(target, FixedLength(2))
     engine = Engine(target, drafter)
-    decoding = engine.begin(Request(PROMPT, SamplingParams()))
+    decoding = engine.submit(Request(PROMPT, SamplingParams()))
+    engine.step()
     assert len(drafter._memory) == 1
-    engine.end(decoding)
+    engine.cancel(decoding)
     assert drafter._memory == {}
 
 
 def test_sequence_that_never_began_is_ended_without_complaint() -> None:
     drafter = make_drafter(tame_target(), FixedLength(2))
-    drafter.end([DecodedSequence(Request(PROMPT, SamplingParams()), slot=0, tokens=list(PROMPT))])
+    drafter.end([DecodedSequence(Request(PROMPT, SamplingParams()), slot=0)])
 
 
 @pytest.mark.parametrize("exit_layer", [0, 4])
@@ -352,57 +382,83 @@ def test_adapter_of_an_impossible_exit_layer_is_refused(exit_layer: int) -> None
         KangarooDrafter(target, adapter, stopping=FixedLength(2))
 
 
-def test_settings_go_before_the_adapters_recommendation_and_that_before_the_papers() -> None:
-    adapter = Adapter.initialize(tame_target(), EXIT_LAYER)
-    assert KangarooSettings().stopping(adapter) == ConfidenceThreshold(6, 0.6)
+def test_settings_go_before_the_adapters_recommendation_and_that_before_the_papers(tmp_path: Path) -> None:
+    target = tame_target()
+    tokenizer = Tokenizer(tiny_tokenizer(), settings={}, chat_template=None)
+    model = LoadedModel("tiny", tmp_path, target, tokenizer, frozenset())
+    adapter = Adapter.initialize(target, EXIT_LAYER)
+    model.adapter_folder.mkdir()
+    adapter.save(model.adapter_folder)
+
+    def stopping(settings: KangarooSettings) -> StoppingPolicy:
+        return build(model, settings)._stopping
+
+    assert stopping(KangarooSettings()) == ConfidenceThreshold(6, 0.6)
     adapter.config.gamma, adapter.config.eta = 3, 0.25
-    assert KangarooSettings().stopping(adapter) == ConfidenceThreshold(3, 0.25)
-    assert KangarooSettings(gamma=8, eta=0.9).stopping(adapter) == ConfidenceThreshold(8, 0.9)
-    assert KangarooSettings(eta=0.0).stopping(adapter) == FixedLength(3)
-    with pytest.raises(SettingsError, match="gamma must be at least 1, got 0"):
-        KangarooSettings(gamma=0).stopping(adapter)
-    with pytest.raises(SettingsError, match=r"eta must be in \[0, 1\], got 2"):
-        KangarooSettings(eta=2).stopping(adapter)
-
-
-class TokenByToken(ConfidenceThreshold):
-    """The same rule without a number to give away, so that the drafter asks it after every token."""
-
-    threshold = None  # type: ignore[assignment]
+    adapter.save(model.adapter_folder)
+    assert stopping(KangarooSettings()) == ConfidenceThreshold(3, 0.25)
+    assert stopping(KangarooSettings(gamma=8, eta=0.9)) == ConfidenceThreshold(8, 0.9)
+    assert stopping(KangarooSettings(eta=0.0)) == FixedLength(3)
+    assert build(model, KangarooSettings(num_siblings=3, max_nodes=20))._branching == Branching(3, 20)
+    for settings, message in (
+        (KangarooSettings(gamma=0), "gamma must be at least 1, got 0"),
+        (KangarooSettings(eta=2), r"eta must be in \[0, 1\], got 2"),
+        (KangarooSettings(num_siblings=0), "num_siblings must be at least 1, got 0"),
+        (KangarooSettings(max_nodes=65), r"max_nodes must be in 2\.\.64, got 65"),
+    ):
+        with pytest.raises(SettingsError, match=message):
+            build(model, settings)
 
 
 @pytest.mark.parametrize("storage", ["float32", "bfloat16", "int8"])
 @pytest.mark.parametrize("eta", [0.0, 0.4, 1.0])
 @pytest.mark.parametrize("family", FAMILIES)
-def test_chain_drafted_in_one_call_is_the_chain_drafted_token_by_token(family: str, eta: float, storage: str) -> None:
+def test_chain_drafted_in_one_call_is_the_chain_drafted_level_by_level(
+    monkeypatch: pytest.MonkeyPatch, family: str, eta: float, storage: str
+) -> None:
     loose = tame_target(family)
     target, drafts = packed.pack(loose, storage), []
-    for stopping in (ConfidenceThreshold(5, eta), TokenByToken(5, eta)):
-        made = make_drafter(loose, stopping)
-        drafter = KangarooDrafter(target, made._adapter.pack(target), stopping=stopping)
+    # Only a sequence alone is drafted in one call.
+    for num_sequences in (1, 2):
+        made = make_drafter(loose, ConfidenceThreshold(5, eta))
+        drafter = KangarooDrafter(target, made._adapter.pack(target), stopping=made._stopping)
         calls: list[int] = []
         in_one_call = drafter._draft_in_one_call
 
-        def counted(*args: Any, calls: list[int] = calls, call: Any = in_one_call, **others: Any) -> Draft:
+        def counted(*args: Any, calls: list[int] = calls, call: Any = in_one_call) -> Draft:
             calls.append(1)
-            draft: Draft = call(*args, **others)
+            draft: Draft = call(*args)
             return draft
 
-        drafter._draft_in_one_call = counted  # type: ignore[method-assign]
-        recorder = Recorder(drafter, target, SamplingParams(max_new_tokens=24))
-        recorder.finish()
-        assert bool(calls) == (stopping.threshold is not None)
-        drafts.append([draft for _, draft in recorder.drafts])
-    for one, other in zip(*drafts, strict=True):
+        monkeypatch.setattr(drafter, "_draft_in_one_call", counted)
+        engine = Engine(target, drafter, limits=Limits(max_batch_size=num_sequences))
+        seen: list[Draft] = []
+        monkeypatch.setattr(drafter, "draft", recording(drafter.draft, seen))
+        begun = [engine.submit(Request(PROMPT, SamplingParams(max_new_tokens=24))) for _ in range(num_sequences)]
+        engine.run(begun[-1])
+        assert bool(calls) == (num_sequences == 1)
+        drafts.append(seen)
+    for one, both in zip(*drafts, strict=True):
+        assert both.parents == one.parents * 2
+        assert torch.equal(both.tokens, one.tokens.repeat(2, 1))
+        if one.num_nodes == (1,):
+            continue
         assert one.hidden is not None
-        assert other.hidden is not None
+        assert both.hidden is not None
         assert one.confidence is not None
-        assert other.confidence is not None
-        assert one.num_nodes == other.num_nodes
-        assert torch.equal(one.tokens, other.tokens)
-        assert torch.equal(one.parents, other.parents)
-        assert torch.equal(one.hidden, other.hidden)
-        assert torch.equal(one.confidence, other.confidence)
+        assert both.confidence is not None
+        assert torch.equal(both.hidden, one.hidden.repeat(2, 1))
+        assert torch.equal(both.confidence, one.confidence.repeat(2, 1))
+
+
+def recording(draft: Callable[[Batch], Draft], seen: list[Draft]) -> Callable[[Batch], Draft]:
+    """The same, remembering every draft."""
+
+    def recorded(batch: Batch) -> Draft:
+        seen.append(draft(batch))
+        return seen[-1]
+
+    return recorded
 
 
 def test_long_prompt_reaches_a_packed_adapter_in_blocks(monkeypatch: pytest.MonkeyPatch) -> None:
@@ -415,14 +471,14 @@ def test_long_prompt_reaches_a_packed_adapter_in_blocks(monkeypatch: pytest.Monk
         drafter = KangarooDrafter(target, made._adapter.pack(target), stopping=stopping)
         fed: list[int] = []
 
-        def counted(states: Tensor, *, fed: list[int] = fed, feed: Any = drafter._feed) -> Any:
+        def counted(states: Tensor, *, attention: Any, fed: list[int] = fed, run: Any = drafter._adapter.run) -> Any:
             fed.append(len(states))
-            return feed(states)
+            return run(states, attention=attention)
 
-        monkeypatch.setattr(drafter, "_feed", counted)
+        monkeypatch.setattr(drafter._adapter, "run", counted)
         recorder = Recorder(drafter, target, SamplingParams(max_new_tokens=16))
         recorder.finish()
-        texts.append(recorder.decoding.sequence.tokens)
+        texts.append(recorder.text)
         blocks.append(fed)
     assert texts[0] == texts[1]
     assert blocks == [[], [3, 3]]

@@ -3,28 +3,27 @@
 import math
 
 import pytest
-import torch
 
-from kangaroo.drafters.stopping import ConfidenceThreshold, FixedLength
+from kangaroo.drafters.stopping import ConfidenceThreshold, FixedLength, StoppingPolicy
 from kangaroo.errors import SettingsError
 
 
-def test_fixed_length_never_stops_early_and_never_reads_confidence() -> None:
-    policy = FixedLength(4)
-    assert policy.max_length == 4
-    assert not policy.reads_confidence
-    assert policy.stops(torch.zeros(2)) == [False, False]
+def test_fixed_length_never_stops_early() -> None:
+    policy: StoppingPolicy = FixedLength(4)
+    assert (policy.max_length, policy.threshold) == (4, 0.0)
 
 
-def test_threshold_stops_strictly_below_eta() -> None:
-    policy = ConfidenceThreshold(4, 0.5)
-    assert policy.reads_confidence
-    assert policy.stops(torch.tensor([0.49, 0.5, 0.51])) == [True, False, False]
+@pytest.mark.parametrize("eta", [0.0, 0.5, 1.0])
+def test_threshold_is_eta(eta: float) -> None:
+    policy: StoppingPolicy = ConfidenceThreshold(4, eta)
+    assert (policy.max_length, policy.threshold) == (4, eta)
 
 
-def test_eta_zero_never_stops_and_eta_one_stops_below_certainty() -> None:
-    assert ConfidenceThreshold(4, 0.0).stops(torch.tensor([0.0, 1.0])) == [False, False]
-    assert ConfidenceThreshold(4, 1.0).stops(torch.tensor([0.999, 1.0])) == [True, False]
+def test_policies_that_learn_nothing_stay_as_they_are() -> None:
+    for policy in (FixedLength(4), ConfidenceThreshold(4, 0.5)):
+        before = policy.max_length, policy.threshold
+        policy.observe(4, 0)
+        assert (policy.max_length, policy.threshold) == before
 
 
 @pytest.mark.parametrize("gamma", [0, -3])

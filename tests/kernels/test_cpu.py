@@ -463,6 +463,50 @@ def test_paths_that_lie_in_no_cache_are_refused(call: tuple[int, int, list[int]]
     refused(lambda: SmallStack().cache().keep(*call))
 
 
+@settings(deadline=None, max_examples=30)
+@given(num_slots=st.integers(1, 40), num_held=st.integers(0, 40), more=st.integers(0, 30), sequence=st.integers(0, 2))
+def test_copied_slots_are_read_as_the_originals(num_slots: int, num_held: int, more: int, sequence: int) -> None:
+    small, num_held = SmallStack(), min(num_held, num_slots)
+    held, other = small.cache(3, num_slots), small.cache(4, num_slots + more + 1)
+    if num_held:
+        small.run(noise(num_held, 20, seed=1), held, (sequence, 0, 0, num_held, None))
+        # What the place held before does not show through.
+        small.run(noise(num_held, 20, seed=2), other, (sequence, 0, 0, num_held, None))
+    other.copy(held, sequence, num_held)
+    roomy = small.cache(3, num_slots + more + 1)
+    if num_held:
+        small.run(noise(num_held, 20, seed=1), roomy, (sequence, 0, 0, num_held, None))
+    after = noise(1, 20, seed=3), (sequence, num_held, 0, 1, None)
+    assert torch.equal(small.run(after[0], other, after[1]), small.run(after[0], roomy, after[1]))
+
+
+@pytest.mark.parametrize(
+    ("sizes", "call"),
+    [
+        ((3, 1, 1, 32, 6), (0, 1)),
+        ((2, 1, 2, 32, 6), (0, 1)),
+        ((2, 1, 1, 32, 8), (0, 1)),
+        ((2, 1, 1, 32, 6), (1, 1)),
+        ((2, 2, 1, 32, 6), (1, 1)),
+        ((2, 1, 1, 16, 6), (0, 17)),
+        ((2, 1, 1, 64, 6), (0, 33)),
+        ((2, 1, 1, 32, 6), (0, 2**64 - 1)),
+    ],
+    ids=[
+        "layers",
+        "heads",
+        "head size",
+        "no sequence",
+        "no sequence here",
+        "too few slots",
+        "too few here",
+        "overflow",
+    ],
+)
+def test_slots_that_lie_in_no_cache_are_not_copied(sizes: tuple[int, ...], call: tuple[int, int]) -> None:
+    refused(lambda: SmallStack().cache().copy(cpu.Cache(*sizes), *call))
+
+
 @pytest.mark.parametrize("sizes", [(20, 3, 2, 6), (20, 2, 1, 5), (20, 2, 0, 6), (0, 2, 1, 6), (20, 2, 1, 0)])
 def test_impossible_shapes_are_refused(sizes: tuple[int, int, int, int]) -> None:
     refused(lambda: cpu.Stack(sizes, norm_eps=1e-6, attention_scale=1.0, softcap=None, activation="silu"))

@@ -2,7 +2,7 @@
 
 import pytest
 import torch
-from hypothesis import given
+from hypothesis import given, settings
 from hypothesis import strategies as st
 from torch import Tensor
 
@@ -162,3 +162,101 @@ def test_positions_follow_the_depths() -> None:
     attention = CachedPass(cache, [Segment(0, 7, 4, (-1, 0, 0, 2)), Segment(1, 3, 2)])
     assert attention.positions.tolist() == [7, 8, 8, 9, 3, 4]
     assert attention.num_positions > 9
+
+
+def levels_of(parents: tuple[int, ...]) -> list[range]:
+    """The nodes level by level, as a drafter grows them: consecutive nodes, no node beside its parent."""
+    levels, start = [], 0
+    for node, parent in enumerate(parents):
+        if parent >= start:
+            levels.append(range(start, node))
+            start = node
+    return [*levels, range(start, len(parents))]
+
+
+@pytest.mark.parametrize("name", TREES)
+def test_rows_run_level_by_level_equal_rows_run_at_once(model: Transformer, name: str) -> None:
+    parents = TREES[name]
+    prefix, nodes = random_tokens(PREFIX, 19), random_tokens(len(parents), 20)
+    whole, grown = new_cache(model), new_cache(model)
+    for cache in (whole, grown):
+        append(model, cache, prefix)
+    expected = run(model, whole, nodes, [Segment(0, PREFIX, len(parents), parents)])
+    hidden = []
+    for level in levels_of(parents):
+        segment = Segment(0, PREFIX, len(level), parents[: level.stop], level.start)
+        assert segment.stop == PREFIX + level.stop
+        hidden.append(run(model, grown, nodes[level.start : level.stop], [segment]))
+    torch.testing.assert_close(torch.cat(hidden), expected, atol=1e-5, rtol=1e-5)
+    stop = PREFIX + len(parents)
+    for mine, other in zip((*grown.keys, *grown.values), (*whole.keys, *whole.values), strict=True):
+        torch.testing.assert_close(mine[:, :, :stop], other[:, :, :stop], atol=1e-5, rtol=1e-5)
+
+
+def test_later_levels_of_several_sequences_share_a_pass(model: Transformer) -> None:
+    prefixes, parts = [random_tokens(PREFIX, 21), random_tokens(4, 22)], [random_tokens(6, 23), random_tokens(4, 24)]
+    shapes = [TREES["fork"], None]
+    expected, together, segments = [], new_cache(model, 2), []
+    for sequence, (prefix, part, shape) in enumerate(zip(prefixes, parts, shapes, strict=True)):
+        alone = new_cache(model)
+        append(model, alone, prefix)
+        expected.append(run(model, alone, part, [Segment(0, len(prefix), len(part), shape)])[3:])
+        append(model, together, prefix, sequence=sequence)
+        first = shape if shape is None else shape[:3]
+        run(model, together, part[:3], [Segment(sequence, len(prefix), 3, first)])
+        segments.append(Segment(sequence, len(prefix), len(part) - 3, shape, 3))
+    hidden = run(model, together, torch.cat([part[3:] for part in parts]), segments)
+    torch.testing.assert_close(hidden, torch.cat(expected), atol=1e-5, rtol=1e-5)
+
+
+@given(parents=trees, data=st.data())
+def test_later_rows_of_a_segment_are_the_rows_of_the_whole(parents: tuple[int, ...], data: st.DataObject) -> None:
+    first = data.draw(st.integers(0, len(parents) - 1))
+    for shape in (parents, None):
+        whole, rest = Segment(0, 5, len(parents), shape), Segment(0, 5, len(parents) - first, shape, first)
+        assert rest.stop == whole.stop
+        assert rest.depths() == whole.depths()
+        assert torch.equal(rest.positions(CPU), whole.positions(CPU)[first:])
+        assert torch.equal(rest.visibility(), whole.visibility()[first:])
+
+
+sizes = st.tuples(st.integers(1, 5), st.integers(1, 20))
+
+
+@settings(deadline=None)
+@given(steps=st.lists(sizes, min_size=1, max_size=5), data=st.data())
+def test_reserved_room_keeps_what_is_committed(steps: list[tuple[int, int]], data: st.DataObject) -> None:
+    config = tiny_config(num_hidden_layers=2)
+    cache = KVCache(config, 1, num_slots=1, dtype=torch.float32, device=CPU)
+    expected: list[list[Tensor]] = []
+    largest = (1, 1)
+    for num_sequences, num_slots in steps:
+        cache.reserve(num_sequences, num_slots)
+        largest = max(largest[0], num_sequences), max(largest[1], num_slots)
+        # Never less than asked for, never less than before.
+        assert (len(cache.lengths), cache.num_slots) == largest
+        assert cache.keys[0].shape == (largest[0], config.num_kv_heads, largest[1], config.head_dim)
+        for sequence, kept in enumerate(expected):
+            length = cache.lengths[sequence]
+            assert all(
+                torch.equal(stored[sequence, :, :length], part)
+                for stored, part in zip((*cache.keys, *cache.values), kept, strict=True)
+            )
+        assert cache.lengths[len(expected) :] == [0] * (largest[0] - len(expected))
+        expected = []
+        for sequence in range(largest[0]):
+            length = data.draw(st.integers(0, largest[1]))
+            cache.truncate(sequence, length)
+            for stored in (*cache.keys, *cache.values):
+                stored[sequence] = torch.randn(stored.shape[1:])
+            expected.append([stored[sequence, :, :length].clone() for stored in (*cache.keys, *cache.values)])
+
+
+def test_decoding_goes_on_in_a_larger_cache(model: Transformer) -> None:
+    text, after = random_tokens(PREFIX, 25), random_tokens(6, 26)
+    small, large = (KVCache(model.config, 1, num_slots=count, dtype=torch.float32, device=CPU) for count in (12, 32))
+    for cache in (small, large):
+        append(model, cache, text)
+    small.reserve(3, 20)
+    assert torch.equal(append(model, small, after), append(model, large, after))
+    assert small.lengths == [PREFIX + 6, 0, 0]

@@ -261,6 +261,33 @@ def test_a_cache_may_be_filled_to_its_last_slot(family: str) -> None:
         run(model, model.new_cache(1, 32), text.draft, [Segment(0, 23, 10, TREE)])
 
 
+@settings(deadline=None, max_examples=40)
+@given(
+    lengths=st.lists(st.integers(0, 20), min_size=1, max_size=3),
+    growth=st.lists(st.tuples(st.integers(1, 5), st.integers(1, 60)), min_size=1, max_size=3),
+    family=st.sampled_from(["llama", "qwen3"]),
+)
+def test_grown_caches_keep_every_text(lengths: list[int], growth: list[tuple[int, int]], family: str) -> None:
+    model = packed_of(family)
+    grown, roomy = model.new_cache(len(lengths), max(1, *lengths)), model.new_cache(5, 80)
+    for slot, length in enumerate(lengths):
+        for cache in (grown, roomy):
+            if length:
+                run(model, cache, random_tokens(model, length, seed=slot), [Segment(slot, 0, length)])
+            cache.truncate(slot, length)
+    for num_sequences, num_slots in growth:
+        before = len(grown.lengths), grown.num_slots
+        grown.reserve(num_sequences, num_slots)
+        assert (len(grown.lengths), grown.num_slots) == (max(before[0], num_sequences), max(before[1], num_slots))
+        assert grown.storage.num_slots >= grown.num_slots
+    grown.reserve(len(lengths) + 1, max(lengths) + 4)
+    assert grown.lengths[: len(lengths)] == lengths
+    # One more text in a new slot, and every old one goes on.
+    segments = [Segment(slot, grown.lengths[slot], 4) for slot in range(len(lengths) + 1)]
+    tokens = random_tokens(model, 4 * len(segments), seed=99)
+    assert torch.equal(run(model, grown, tokens, segments), run(model, roomy, tokens, segments))
+
+
 @pytest.mark.parametrize("pieces", [[130], [1, 129], [64, 66], [7, 16, 17, 1, 1, 88], [129, 1]])
 @pytest.mark.parametrize("family", ["llama", "gemma2"])
 def test_a_prompt_may_be_run_in_pieces(family: str, pieces: list[int]) -> None:
