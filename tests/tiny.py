@@ -96,3 +96,8 @@ def tiny_tokenizer() -> tokenizers.Tokenizer:
 def save_tiny_tokenizer(folder: Path) -> None:
     """Write the tiny tokenizer's tokenizer.json into an existing folder."""
     tiny_tokenizer().save(str(folder / "tokenizer.json"))
+
+
+def chain_parents(num_nodes: int) -> tuple[int, ...]:
+    """The parents of a draft without branches."""
+    return tuple(range(-1, num_nodes - 1))

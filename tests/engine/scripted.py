@@ -3,10 +3,11 @@
 from collections.abc import Mapping
 from collections.abc import Sequence as SequenceOf
 
-from kangaroo.drafters.base import Batch, Sequence, chain_parents, pad
+from kangaroo.drafters.base import Batch, Sequence
 from kangaroo.engine.decoding import Decoding, Text
 from kangaroo.engine.engine import Engine
 from kangaroo.types import Draft, Outcome, Request, SamplingParams
+from tests.tiny import chain_parents
 
 PROMPT = (4, 99, 3)
 
@@ -33,7 +34,7 @@ class TextDrafter:
             length = len(sequence.tokens)
             text = self._texts.get(sequence.request.prompt_ids, ())
             rows.append([sequence.tokens[-1], *text[length : length + min(self._gamma, sequence.max_draft)]])
-        return Draft(pad(rows), tuple(chain_parents(len(row)) for row in rows))
+        return Draft(rows, tuple(chain_parents(len(row)) for row in rows))
 
     def accept(self, sequences: SequenceOf[Sequence], outcome: Outcome) -> None:
         assert set(sequences) <= self.held

@@ -4,7 +4,7 @@ import random
 from collections.abc import Callable, Mapping
 from collections.abc import Sequence as SequenceOf
 
-from kangaroo.drafters.base import MAX_NODES, Batch, Sequence, pad
+from kangaroo.drafters.base import MAX_NODES, Batch, Sequence
 from kangaroo.types import Draft, Outcome, Request
 from tests.tiny import VOCAB_SIZE
 
@@ -30,7 +30,7 @@ class ScriptedDrafter:
     def draft(self, batch: Batch) -> Draft:
         trees = [self._grow(sequence) for sequence in batch.sequences]
         tokens, parents = zip(*trees, strict=True)
-        return Draft(tokens=pad(tokens), parents=parents)
+        return Draft(tokens=tokens, parents=parents)
 
     def _grow(self, sequence: Sequence) -> tuple[list[int], tuple[int, ...]]:
         """Tokens and parents of the script's tree, without the nodes that are too deep."""

@@ -4,7 +4,7 @@ from collections.abc import Sequence as SequenceOf
 
 import pytest
 
-from kangaroo.drafters.base import MAX_NODES, Batch, Sequence, chain_parents
+from kangaroo.drafters.base import MAX_NODES, Batch, Sequence
 from kangaroo.drafters.plain import PlainDrafter
 from kangaroo.engine import engine as module
 from kangaroo.engine.engine import Engine
@@ -15,6 +15,7 @@ from kangaroo.model.packed import pack
 from kangaroo.model.transformer import Transformer
 from kangaroo.types import Draft, Outcome, SamplingParams
 from tests.engine.scripted import PROMPT, TextDrafter, decode, sequence_of, submit
+from tests.tiny import chain_parents
 
 
 @pytest.mark.parametrize("gamma", range(1, 9))

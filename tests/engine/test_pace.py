@@ -9,9 +9,10 @@ import torch
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from kangaroo.drafters.base import DEFAULT_NODE_PRICE, MAX_NODES, chain_parents
+from kangaroo.drafters.base import DEFAULT_NODE_PRICE, MAX_NODES
 from kangaroo.engine.pace import CHOOSE_EVERY, NUM_NEEDED, NUM_REMEMBERED, PROBE_EVERY, Pace
 from kangaroo.types import Draft, Outcome
+from tests.tiny import chain_parents
 
 BASE_S = 0.010
 # Long enough for old measurements to be forgotten.

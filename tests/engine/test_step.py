@@ -7,7 +7,7 @@ import pytest
 import torch
 from torch import Tensor
 
-from kangaroo.drafters.base import Batch, Drafter, Sequence, pad
+from kangaroo.drafters.base import Batch, Drafter, Sequence
 from kangaroo.drafters.plain import PlainDrafter
 from kangaroo.engine.step import decode_step, prefill
 from kangaroo.model.cache import CachedPass, KVCache, Segment
@@ -38,7 +38,7 @@ class GrowingTrees:
     def draft(self, batch: Batch) -> Draft:
         parents = tuple((-1, *tree) for tree in self._trees)
         rows = [self._grow(sequence, tree) for sequence, tree in zip(batch.sequences, parents, strict=True)]
-        return Draft(pad(rows), parents)
+        return Draft(rows, parents)
 
     def _grow(self, sequence: Sequence, parents: tuple[int, ...]) -> list[int]:
         depths = Segment(0, 0, len(parents), parents).depths()
