@@ -25,6 +25,10 @@ class QueueFullError(KangarooError):
     """More requests wait than the engine was told to hold."""
 
 
+class EngineError(KangarooError):
+    """The engine takes no more requests: it is not running, or has failed."""
+
+
 class KernelError(KangarooError):
     """The kernels in use cannot do what was asked of them."""
 

@@ -109,6 +109,10 @@ class LLM:
             raise
         return self._stream(decoding)
 
+    def default_params(self) -> SamplingParams:
+        """The sampling settings that the checkpoint recommends; nothing uses them unless it is asked to."""
+        return SamplingParams(**self.model.sampling_defaults())
+
     def request(self, prompt: str | Sequence[int], params: SamplingParams) -> Request:
         """The request that continues a prompt."""
         token_ids = self.model.tokenizer.encode(prompt) if isinstance(prompt, str) and prompt else prompt
@@ -156,14 +160,13 @@ class LLM:
         )
 
     def _stream(self, decoding: Decoding) -> Generator[Token, None, Completion]:
-        sequence, num_prompt, index = decoding.sequence, len(decoding.request.prompt_ids), 0
-        assert sequence is not None, "a request that has emitted has a slot"
+        num_yielded = 0
         try:
             while True:
                 # While the reader of this stream is elsewhere, other requests' steps go on with it.
-                while index < sequence.num_new_tokens:
-                    yield Token(sequence.tokens[num_prompt + index], decoding.pieces[index], sequence.origins[index])
-                    index += 1
+                while tokens := decoding.emitted(num_yielded):
+                    num_yielded += len(tokens)
+                    yield from tokens
                 if decoding.finish_reason is not None:
                     _raise_error(decoding)
                     return self.completion(decoding)

@@ -79,6 +79,7 @@ class SamplingParams:
             "max_new_tokens": (self.max_new_tokens >= 1, "at least 1"),
             "temperature": (self.temperature == 0 or 1e-5 <= self.temperature <= 1e5, "0 (greedy) or in [1e-5, 1e5]"),
             "seed": (self.seed is None or 0 <= self.seed < 2**63, "in 0..2**63-1 or None"),
+            "ignore_eos": (isinstance(self.ignore_eos, bool), "True or False"),
             "top_k": (self.top_k >= 0, "at least 1, or 0 (off)"),
             "top_p": (0 < self.top_p <= 1, "in (0, 1]"),
             "min_p": (0 <= self.min_p <= 1, "in [0, 1]"),
@@ -116,6 +117,12 @@ class TokenLogprobs:
     token_id: int
     logprob: float
     top: tuple[tuple[int, float], ...]
+
+    def to_dict(self) -> dict[str, object]:
+        """The fields in JSON's terms, which know no infinity: null stands for a probability of 0."""
+        top = [{"token_id": token, "logprob": logprob} for token, logprob in self.top]
+        own = None if self.logprob == -math.inf else self.logprob
+        return {"token_id": self.token_id, "logprob": own, "top": top}
 
 
 @dataclass(frozen=True)
@@ -228,8 +235,10 @@ class Completion:
         return self.num_accepted / self.num_drafted if self.num_drafted else None
 
     def to_dict(self) -> dict[str, object]:
-        """The public fields in the order of the command line's JSON."""
+        """The public fields in the order of the command line's JSON; error only where there is one."""
         names = ("text", "token_ids", "num_prompt_tokens", "num_new_tokens", "finish_reason", "prefill_time_s",
                  "decode_time_s", "tokens_per_s", "num_steps", "tokens_per_step", "num_drafted", "num_accepted",
-                 "acceptance_rate", "drafter", "model")  # fmt: skip
-        return {name: getattr(self, name) for name in names} | {"token_ids": list(self.token_ids)}
+                 "acceptance_rate", "drafter", "model", "seed", "index")  # fmt: skip
+        logprobs = None if self.logprobs is None else [one.to_dict() for one in self.logprobs]
+        fields = {name: getattr(self, name) for name in names} | {"token_ids": list(self.token_ids)}
+        return fields | {"logprobs": logprobs} | ({} if self.error is None else {"error": self.error})

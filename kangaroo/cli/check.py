@@ -9,7 +9,7 @@ from typing import TYPE_CHECKING, Annotated, Any
 
 import typer
 
-from kangaroo.cli.generate import Adapter, Eta, Gamma
+from kangaroo.cli.drafter_options import Adapter, Eta, Gamma
 from kangaroo.cli.shared import Dtype, DtypeOption, JsonOption, ModelOption, Weights, WeightsOption, number
 from kangaroo.types import SamplingParams
 

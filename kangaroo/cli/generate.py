@@ -1,17 +1,20 @@
-"""`kangaroo generate`: continue a prompt."""
+"""`kangaroo generate`: continue a prompt, or a file of them."""
 
 from __future__ import annotations
 
 import json
 import sys
-from collections.abc import Mapping
+from functools import partial
 from pathlib import Path
-from typing import TYPE_CHECKING, Annotated, Any
+from typing import TYPE_CHECKING, Annotated
 
 import typer
 
+from kangaroo.cli import drafter_options as drafting
+from kangaroo.cli import sampling_options as sampling
+from kangaroo.cli.batch import Batch, Results
+from kangaroo.cli.prompt_lines import describe, read_lines, read_progress
 from kangaroo.cli.shared import (
-    DrafterName,
     Dtype,
     DtypeOption,
     JsonOption,
@@ -26,54 +29,38 @@ from kangaroo.errors import PromptError
 from kangaroo.types import SamplingParams
 
 if TYPE_CHECKING:
-    from kangaroo.drafters.settings import KangarooSettings
     from kangaroo.llm import LLM
     from kangaroo.types import Completion
 
 generate_app = typer.Typer()
 
-
-def _kangaroo_option(text: str, *, default: str) -> Any:
-    return typer.Option(help=text, show_default=default, rich_help_panel="Kangaroo drafter")
-
-
+FILES = "Files of prompts"
 PromptFile = Annotated[
     str | None, typer.Option(help="File with the text to continue, in UTF-8 and taken as it is; - reads stdin.")
 ]
-Drafter = Annotated[
-    DrafterName | None,
+Prompts = Annotated[
+    Path | None,
     typer.Option(
-        help="How to decode; the text is the model's own either way.",
-        show_default="kangaroo if an adapter lies beside the model or a Kangaroo flag is given, else plain",
+        help='File of JSON lines: each with a "prompt", or "messages" of a chat; perhaps with an "id", and "params" '
+        'of its own by the names of the flags, as {"prompt": "def ", "params": {"top_k": 5}}.',
+        rich_help_panel=FILES,
     ),
 ]
-Adapter = Annotated[str | None, _kangaroo_option("Adapter folder.", default="the folder 'adapter' of the model")]
-ExitLayer = Annotated[
-    int | None,
-    _kangaroo_option("Only a check: fails unless the adapter was trained at this layer.", default="the adapter's"),
-]
-Gamma = Annotated[
-    int | None,
-    _kangaroo_option(
-        "Most tokens drafted per step, at least 1.", default="the adapter's recommendation, else the paper's 6"
+Output = Annotated[
+    Path | None,
+    typer.Option(
+        help="File for a JSON line per line of --prompts, in its order: line (its number), id, and the fields of "
+        "--json, or the error of a line that was skipped. If it is there already, the run goes on behind it.",
+        rich_help_panel=FILES,
     ),
 ]
-Eta = Annotated[
-    float | None,
-    _kangaroo_option(
-        "Stop drafting after a token of less confidence, in [0, 1]; 0 always drafts gamma tokens.",
-        default="the adapter's recommendation, else the paper's 0.6",
-    ),
-]
+BatchSize = Annotated[int, typer.Option(help="Most texts decoded together, of --prompts or -n.", rich_help_panel=FILES)]
 MaxContext = Annotated[
     int | None,
     typer.Option(help="Most tokens prompt and new text may hold together.", show_default="the model's context length"),
 ]
-IgnoreEos = Annotated[
-    bool, typer.Option("--ignore-eos", help="Go on after an end-of-text token, which else stops the text.")
-]
 Chat = Annotated[
-    bool, typer.Option("--chat", help="Take the prompt as a user's message under the model's chat template.")
+    bool, typer.Option("--chat", help="Take a prompt as a user's message under the model's chat template.")
 ]
 
 
@@ -82,72 +69,120 @@ def generate(
     model: Annotated[str, ModelOption],
     prompt: Annotated[str | None, typer.Option(help="The text to continue.")] = None,
     prompt_file: PromptFile = None,
-    drafter: Drafter = None,
-    adapter: Adapter = None,
-    exit_layer: ExitLayer = None,
-    gamma: Gamma = None,
-    eta: Eta = None,
-    max_new_tokens: Annotated[int, typer.Option(help="Most tokens to generate.")] = 128,
     max_context: MaxContext = None,
-    ignore_eos: IgnoreEos = False,
     chat: Chat = False,
     system: Annotated[str | None, typer.Option(help="System message before the user's; with --chat only.")] = None,
-    temperature: Annotated[float, typer.Option(help="Sampling temperature; 0 is greedy.")] = 0.0,
-    seed: Annotated[int, typer.Option(help="Which text to draw at a temperature above 0; greedy has one only.")] = 0,
     dtype: Annotated[Dtype | None, DtypeOption] = None,
     weights: Annotated[Weights | None, WeightsOption] = None,
     device: Annotated[str, typer.Option(help="cpu, cuda, or a numbered device like cuda:0.")] = "cpu",
     json_output: Annotated[bool, JsonOption] = False,
+    prompts: Prompts = None,
+    output: Output = None,
+    batch_size: BatchSize = 8,
+    sampling_defaults: sampling.Recommended = "none",
+    temperature: sampling.Temperature = None,
+    top_k: sampling.TopK = None,
+    top_p: sampling.TopP = None,
+    min_p: sampling.MinP = None,
+    repetition_penalty: sampling.RepetitionPenalty = None,
+    presence_penalty: sampling.PresencePenalty = None,
+    frequency_penalty: sampling.FrequencyPenalty = None,
+    logit_bias: sampling.LogitBias = None,
+    seed: sampling.Seed = None,
+    n: sampling.NumTexts = None,
+    acceptance: sampling.Acceptance = None,
+    logprobs: sampling.Logprobs = None,
+    logprobs_of: sampling.LogprobsOf = None,
+    max_new_tokens: sampling.MaxNewTokens = None,
+    min_new_tokens: sampling.MinNewTokens = None,
+    stop: sampling.Stop = None,
+    stop_token_ids: sampling.StopTokenIds = None,
+    ignore_eos: sampling.IgnoreEos = False,
+    drafter: drafting.Drafter = None,
+    adapter: drafting.Adapter = None,
+    exit_layer: drafting.ExitLayer = None,
+    gamma: drafting.Gamma = None,
+    eta: drafting.Eta = None,
+    num_siblings: drafting.NumSiblings = None,
+    max_nodes: drafting.MaxNodes = None,
 ) -> None:
-    """Continue a prompt. The new text streams to stdout, a one-line summary goes to stderr.
+    """Continue a prompt, or a file of them.
 
-    End-of-text tokens are all that generation_config.json decides; sampling is set by flags alone.
+    The new text of --prompt streams to stdout, a one-line summary goes to stderr. --json prints the fields of the
+    text instead, and with -n above 1 an object whose "completions" lists those of every text.
+
+    With --prompts, a line that cannot be decoded is reported on stderr, told in --output and skipped; the exit status
+    is then 1. --json prints the counts of the run.
     """
-    kangaroo = {"adapter": adapter, "exit_layer": exit_layer, "gamma": gamma, "eta": eta}
-    if drafter == "plain":
-        _refuse_unused(kangaroo)
+    given = sampling.given_sampling(
+        {"max_new_tokens": max_new_tokens, "temperature": temperature, "seed": seed, "ignore_eos": ignore_eos,
+         "top_k": top_k, "top_p": top_p, "min_p": min_p, "repetition_penalty": repetition_penalty,
+         "presence_penalty": presence_penalty, "frequency_penalty": frequency_penalty, "n": n, "stop": stop,
+         "stop_token_ids": stop_token_ids, "min_new_tokens": min_new_tokens, "logprobs": logprobs,
+         "logprobs_of": logprobs_of, "acceptance": acceptance},
+        logit_bias=logit_bias,
+    )  # fmt: skip
+    kangaroo = {"adapter": adapter, "exit_layer": exit_layer, "gamma": gamma, "eta": eta,
+                "num_siblings": num_siblings, "max_nodes": max_nodes}  # fmt: skip
+    settings = drafting.drafter_settings(drafter, kangaroo)
     if system is not None and not chat:
         raise usage_error("--system", "it does nothing without --chat; add that or leave it out")
-    text = _read_prompt(prompt, prompt_file)
-    params = SamplingParams(max_new_tokens, temperature, seed, ignore_eos)
+    if logprobs is not None and not json_output and prompts is None:
+        raise usage_error("--logprobs", "they are told in JSON only; add --json")
+
+    text = _read_prompt(prompt, prompt_file, prompts=prompts, output=output)
+    if prompts is not None and output is not None:
+        # What the texts of the lines depend on. Both files come before the model, which takes its time to load.
+        said = {"model": model, "dtype": dtype, "weights": weights, "max_context": max_context, "chat": chat,
+                "system": system, "sampling_defaults": sampling_defaults, "params": given}  # fmt: skip
+        lines = read_lines(prompts, said)
+        results = Results(output, read_progress(output, lines))
 
     from kangaroo.engine.scheduler import Limits
     from kangaroo.llm import LLM
 
-    limits = Limits(max_context=max_context)
-    llm = LLM.from_pretrained(
-        model, _settings(drafter, kangaroo), dtype=dtype, weights=weights, device=device, limits=limits
-    )
-    token_ids = _encode(llm, text, chat=chat, system=system)
-    if json_output:
-        print(json.dumps(llm.generate(token_ids, params).to_dict()), flush=True)
+    limits = Limits(max_batch_size=batch_size, max_context=max_context)
+    llm = LLM.from_pretrained(model, settings, dtype=dtype, weights=weights, device=device, limits=limits)
+    recommended = llm.model.sampling_defaults() if sampling_defaults == "checkpoint" else {}
+    params = SamplingParams(**(recommended | given))
+    encode = partial(_encode, llm, chat=chat, system=system)
+    if prompts is None:
+        _continue(llm, encode(text), params=params, json_output=json_output)
         return
-    completion = follow(llm.stream(token_ids, params), lambda token: print(token.text, end="", flush=True))
-    print(flush=True)
-    print(_summary(completion), file=sys.stderr)
+    counts = results.write(Batch(llm, params, encode=encode, num_slots=batch_size), lines)
+    if json_output:
+        print(json.dumps(vars(counts)), flush=True)
+    else:
+        print(counts, file=sys.stderr)
+    if counts.num_failed:
+        raise typer.Exit(1)
 
 
-def _refuse_unused(kangaroo: Mapping[str, object]) -> None:
-    for name, value in kangaroo.items():
-        if value is not None:
-            flag = f"--{name.replace('_', '-')}"
-            raise usage_error(flag, "it does nothing with --drafter plain; leave out one of the two")
+def _continue(llm: LLM, token_ids: list[int], *, params: SamplingParams, json_output: bool) -> None:
+    """Print the texts of one prompt: the only one as it comes, several when all are done."""
+    if json_output or params.n > 1:
+        answer = llm.generate(token_ids, params)
+        completions = answer if isinstance(answer, list) else [answer]
+        print(json.dumps(describe(completions)) if json_output else "\n".join(one.text for one in completions))
+    else:
+        completions = [follow(llm.stream(token_ids, params), lambda token: print(token.text, end="", flush=True))]
+        print()
+    sys.stdout.flush()
+    if not json_output:
+        for completion in completions:
+            print(_summary(completion, params), file=sys.stderr)
 
 
-def _settings(drafter: str | None, kangaroo: Mapping[str, object]) -> str | KangarooSettings | None:
-    """What LLM.from_pretrained takes as its drafter: a Kangaroo flag asks for Kangaroo."""
-    if all(value is None for value in kangaroo.values()):
-        return drafter
-    from kangaroo.drafters.settings import KangarooSettings
-
-    return KangarooSettings(**kangaroo)  # type: ignore[arg-type]
-
-
-def _read_prompt(prompt: str | None, prompt_file: str | None) -> str:
-    """The prompt of the one flag that gives it."""
-    if (prompt is None) == (prompt_file is None):
-        message = "give only one of the two" if prompt is not None else "give one of the two"
-        raise usage_error("--prompt / --prompt-file", message)
+def _read_prompt(prompt: str | None, prompt_file: str | None, *, prompts: Path | None, output: Path | None) -> str:
+    """The prompt of the one flag that gives it; "" where --prompts gives a file of them."""
+    sources = {"--prompt": prompt, "--prompt-file": prompt_file, "--prompts": prompts}
+    num_given = sum(value is not None for value in sources.values())
+    if num_given != 1:
+        raise usage_error(" / ".join(sources), "give only one of them" if num_given else "give one of them")
+    if (prompts is None) != (output is None):
+        raise usage_error("--prompts / --output", "one does nothing without the other; give both or neither")
+    if prompts is not None:
+        return ""
     text = prompt if prompt_file is None else _read_text(prompt_file)
     if not text:
         raise PromptError("the prompt is empty; give at least one character")
@@ -174,11 +209,12 @@ def _encode(llm: LLM, text: str, *, chat: bool, system: str | None) -> list[int]
     return tokenizer.encode_chat([*messages, {"role": "user", "content": text}])
 
 
-def _summary(completion: Completion) -> str:
+def _summary(completion: Completion, params: SamplingParams) -> str:
     facts = [
         f"{completion.num_new_tokens} tokens ({completion.finish_reason})",
         f"{number(completion.tokens_per_s)} tokens/s",
         f"{number(completion.tokens_per_step, '{:.2f}')} tokens per step",
+        *([f"seed {completion.seed}"] if params.temperature > 0 else []),
         f"drafter {completion.drafter}",
     ]
     return ", ".join(facts)

@@ -5,7 +5,7 @@ from dataclasses import dataclass, field
 from typing import Protocol
 
 from kangaroo.drafters.base import Sequence
-from kangaroo.types import Request
+from kangaroo.types import Request, Token
 
 
 class Text(Protocol):
@@ -70,6 +70,15 @@ class Decoding:
         assert self.sequence is not None, "a request without a slot"
         return self.max_tokens - len(self.sequence.tokens)
 
+    def emitted(self, first: int) -> list[Token]:
+        """The tokens emitted from the first-th on, with the text each made showable where one is kept."""
+        sequence = self.sequence
+        if sequence is None:
+            return []
+        tokens = self.new_tokens[first:]
+        pieces = [""] * len(tokens) if self.text is None else self.pieces[first:]
+        return [Token(*one) for one in zip(tokens, pieces, sequence.origins[first:], strict=True)]
+
     def emit(self, committed: SequenceOf[int]) -> int:
         """Append the tokens a pass committed up to the first stop; returns how many."""
         sequence = self.sequence
@@ -87,11 +96,15 @@ class Decoding:
         return len(committed)
 
     def finish(self, reason: str) -> None:
-        """End the text, once; text still held back belongs to its last token."""
+        """End the text, once; text still held back belongs to its last token, unless it was cut short.
+
+        Of a text that was cut short its reader has all there is.
+        """
         if self.finish_reason is not None:
             return
         self.finish_reason = reason
-        if self.text is not None and self.pieces and not self.text.stopped:
+        is_whole = reason in ("stop", "length")
+        if self.text is not None and self.pieces and is_whole and not self.text.stopped:
             self.pieces[-1] += self.text.finish()
             if self.text.stopped:
                 self.finish_reason = "stop"

@@ -4,7 +4,9 @@ from __future__ import annotations
 
 import json
 from dataclasses import dataclass
+from numbers import Real
 from pathlib import Path
+from typing import Any
 
 import torch
 
@@ -15,6 +17,7 @@ from kangaroo.model.tokenizer import Tokenizer
 from kangaroo.model.transformer import Transformer
 from kangaroo.model.weights import DTYPES, load_transformer, resolve_folder
 
+SAMPLING_FIELDS = ("temperature", "top_k", "top_p", "min_p", "repetition_penalty")
 DEMO_FOLDER = Path(__file__).parents[1] / "assets" / "demo"
 
 
@@ -32,6 +35,24 @@ class LoadedModel:
     def adapter_folder(self) -> Path:
         """Where an adapter lies beside its model."""
         return self.folder / "adapter"
+
+    def sampling_defaults(self) -> dict[str, Any]:
+        """The fields of SamplingParams that generation_config.json recommends, {} where there are none.
+
+        do_sample false makes the temperature 0; do_sample true without a temperature makes it 1, as in transformers.
+        Raises CheckpointError where one is not a number.
+        """
+        path = self.folder / "generation_config.json"
+        content = _read_json(path)
+        found = {name: content[name] for name in SAMPLING_FIELDS if content.get(name) is not None}
+        for name, value in found.items():
+            if isinstance(value, bool) or not isinstance(value, Real):
+                raise CheckpointError(f"{path}: {name} must be a number, got {value!r:.60}")
+        if content.get("do_sample") is True:
+            found.setdefault("temperature", 1.0)
+        elif content.get("do_sample") is False:
+            found["temperature"] = 0.0
+        return found
 
 
 def load_model(
@@ -78,15 +99,19 @@ def resolve_device(name: str) -> torch.device:
 def _eos_ids(folder: Path) -> frozenset[int]:
     """EOS ids of generation_config.json, else of config.json; one id or a list."""
     for name in ("generation_config.json", "config.json"):
-        path = folder / name
-        try:
-            content = json.loads(path.read_text(encoding="utf-8")) if path.exists() else {}
-        except (OSError, ValueError) as error:
-            raise CheckpointError(f"{path} is not readable JSON: {error}") from error
-        ids = content.get("eos_token_id") if isinstance(content, dict) else None
+        ids = _read_json(folder / name).get("eos_token_id")
         if ids is not None:
             listed = ids if isinstance(ids, list) else [ids]
             if not all(isinstance(one, int) for one in listed):
-                raise CheckpointError(f"{path}: eos_token_id must be one id or a list of ids, got {ids!r:.60}")
+                raise CheckpointError(f"{folder / name}: eos_token_id must be one id or a list of ids, got {ids!r:.60}")
             return frozenset(listed)
     return frozenset()
+
+
+def _read_json(path: Path) -> dict[str, Any]:
+    """The object in a JSON file, {} where there is no file or none in it."""
+    try:
+        content = json.loads(path.read_text(encoding="utf-8")) if path.exists() else {}
+    except (OSError, ValueError) as error:
+        raise CheckpointError(f"{path} is not readable JSON: {error}") from error
+    return content if isinstance(content, dict) else {}

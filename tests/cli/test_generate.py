@@ -4,17 +4,21 @@ import io
 import json
 import shutil
 import sys
+from dataclasses import fields
+from inspect import signature
 from pathlib import Path
 
 import pytest
 
-from kangaroo.types import Completion
+from kangaroo.cli.generate import generate
+from kangaroo.llm import LLM
+from kangaroo.types import Completion, SamplingParams
 
 from .conftest import MakeModel, Run
 
 FIELDS = ["text", "token_ids", "num_prompt_tokens", "num_new_tokens", "finish_reason", "prefill_time_s",
           "decode_time_s", "tokens_per_s", "num_steps", "tokens_per_step", "num_drafted", "num_accepted",
-          "acceptance_rate", "drafter", "model"]  # fmt: skip
+          "acceptance_rate", "drafter", "model", "seed", "index", "logprobs"]  # fmt: skip
 SHORT = ("--prompt", "hello", "--max-new-tokens", 24)
 
 
@@ -35,6 +39,7 @@ def test_json_is_one_consistent_object(run: Run, model_folder: Path, drafter: st
     else:
         assert result["acceptance_rate"] == result["num_accepted"] / result["num_drafted"]
     assert (result["drafter"], result["model"]) == (drafter, str(model_folder))
+    assert (result["index"], result["logprobs"]) == (0, None)
 
 
 def test_rates_of_no_time_are_null(run: Run, model_folder: Path) -> None:
@@ -61,8 +66,92 @@ def test_stream_prints_the_json_text(run: Run, model_folder: Path, sampling: lis
 
 
 def test_drafters_write_one_text(run: Run, model_folder: Path) -> None:
-    argv = ["generate", "--model", model_folder, *SHORT, "--temperature", 0.8]
+    argv = ["generate", "--model", model_folder, *SHORT, "--temperature", 0.8, "--seed", 3]
     assert run(*argv, "--drafter", "plain").out == run(*argv, "--drafter", "kangaroo", "--eta", 0, "--gamma", 4).out
+
+
+def test_every_field_of_sampling_params_is_a_flag() -> None:
+    assert {field.name for field in fields(SamplingParams)} <= set(signature(generate).parameters)
+
+
+def test_flags_reach_the_sampling_params(run: Run, model_folder: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    seen = []
+    stream = LLM.stream
+    monkeypatch.setattr(LLM, "stream", lambda llm, ids, params: seen.append(params) or stream(llm, ids, params))
+    flags = ["--temperature", 0.7, "--seed", 4, "--top-k", 9, "--top-p", 0.9, "--min-p", 0.01, "--repetition-penalty",
+             1.1, "--presence-penalty", 0.2, "--frequency-penalty", -0.1, "--logit-bias", "7=-inf", "--logit-bias",
+             "9=2", "--stop", "ab", "--stop", "cd", "--stop-token-id", 11, "--stop-token-id", 12, "--min-new-tokens", 2,
+             "--max-new-tokens", 6, "--acceptance", "block", "--ignore-eos", "-n", 1]  # fmt: skip
+    assert run("generate", "--model", model_folder, "--prompt", "hello", *flags).status == 0
+    assert seen == [
+        SamplingParams(
+            6, 0.7, 4, ignore_eos=True, top_k=9, top_p=0.9, min_p=0.01, repetition_penalty=1.1, presence_penalty=0.2,
+            frequency_penalty=-0.1, logit_bias={7: float("-inf"), 9: 2.0}, stop=("ab", "cd"), stop_token_ids=(11, 12),
+            min_new_tokens=2, acceptance="block",
+        )
+    ]  # fmt: skip
+
+
+def test_drawn_seed_is_told_and_draws_the_same_text_again(run: Run, model_folder: Path) -> None:
+    argv = ["generate", "--model", model_folder, *SHORT, "--temperature", 1.0, "--json"]
+    first, other = json.loads(run(*argv).out), json.loads(run(*argv).out)
+    assert first["seed"] != other["seed"]
+    again = json.loads(run(*argv, "--seed", first["seed"]).out)
+    assert (again["seed"], again["token_ids"]) == (first["seed"], first["token_ids"])
+
+
+def test_several_texts(run: Run, model_folder: Path) -> None:
+    argv = ["generate", "--model", model_folder, *SHORT, "--temperature", 1.0, "--seed", 6, "-n", 3]
+    completions = json.loads(run(*argv, "--json").out)["completions"]
+    assert [one["index"] for one in completions] == [0, 1, 2]
+    assert completions[0]["seed"] == 6
+    assert len({one["text"] for one in completions}) == 3
+    ran = run(*argv)
+    assert ran.out == "".join(one["text"] + "\n" for one in completions)
+    assert [f"seed {one['seed']}, " in line for one, line in zip(completions, ran.err.splitlines(), strict=True)]
+
+
+def test_logprobs_are_told_in_json(run: Run, model_folder: Path) -> None:
+    argv = ["generate", "--model", model_folder, *SHORT, "--json", "--logprobs", 2, "--ignore-eos"]
+    result = json.loads(run(*argv).out)
+    assert [one["token_id"] for one in result["logprobs"]] == result["token_ids"]
+    # The greedy token is the likeliest.
+    for one in result["logprobs"]:
+        assert one["top"][0] == {"token_id": one["token_id"], "logprob": one["logprob"]}
+        assert one["top"][1]["logprob"] <= one["logprob"] <= 0
+
+
+def test_stop_string_ends_the_streamed_text(run: Run, model_folder: Path) -> None:
+    argv = ["generate", "--model", model_folder, *SHORT, "--ignore-eos"]
+    text = run(*argv).out.removesuffix("\n")
+    stop = text[8:11]
+    ran = run(*argv, "--stop", "never there", "--stop", stop)
+    assert ran.out == text[: text.index(stop)] + "\n"
+    assert "(stop)" in ran.err
+
+
+def test_checkpoint_recommends_sampling_only_when_asked_and_flags_win(run: Run, make_model: MakeModel) -> None:
+    folder = make_model()
+    recommended = {"do_sample": True, "temperature": 0.9, "top_k": 40, "repetition_penalty": 1.2}
+    (folder / "generation_config.json").write_text(json.dumps(recommended), encoding="utf-8")
+
+    def text(*flags: object) -> str:
+        return run("generate", "--model", folder, *SHORT, "--seed", 5, *flags).out
+
+    asked = ("--sampling-defaults", "checkpoint")
+    flags = ("--temperature", 0.9, "--top-k", 40, "--repetition-penalty", 1.2)
+    assert text(*asked) == text(*flags)
+    assert text() == text("--temperature", 0) != text(*asked)
+    greedy = ("--temperature", 0, "--repetition-penalty", 1)
+    assert text(*asked, *greedy) == text()
+
+
+@pytest.mark.parametrize("flags", [["--num-siblings", 3], ["--num-siblings", 2, "--max-nodes", 5]])
+def test_trees_write_the_same_text(run: Run, model_folder: Path, flags: list[object]) -> None:
+    argv = ["generate", "--model", model_folder, *SHORT]
+    ran = run(*argv, "--eta", 0, *flags)
+    assert ran.err.endswith("drafter kangaroo\n")
+    assert ran.out == run(*argv, "--drafter", "plain").out
 
 
 def test_default_drafter_is_kangaroo_only_with_an_adapter(run: Run, model_folder: Path, bare_folder: Path) -> None:
@@ -107,6 +196,16 @@ def test_chat_template(run: Run, make_model: MakeModel) -> None:
         (["--prompt", "a", "--drafter", "medusa"], "plain"),
         (["--prompt", "a", "--dtype", "int8"], "bfloat16"),
         (["--prompt", "a", "--gamma", "many"], "--gamma"),
+        (["--prompt", "a", "--drafter", "plain", "--num-siblings", 2], "--num-siblings"),
+        (["--prompt", "a", "--logit-bias", "5"], "ID=BIAS"),
+        (["--prompt", "a", "--logit-bias", "a=1"], "ID=BIAS"),
+        (["--prompt", "a", "--logprobs", 1], "--json"),
+        (["--prompt", "a", "--logprobs-of", "raw", "--json"], "--logprobs"),
+        (["--prompt", "a", "--acceptance", "typical"], "coupling"),
+        (["--prompt", "a", "--sampling-defaults", "mine"], "checkpoint"),
+        (["--prompt", "a", "--output", "b"], "--prompts"),
+        (["--prompts", "a"], "--output"),
+        (["--prompts", "a", "--output", "b", "--prompt", "c"], "give only one"),
     ],
 )
 def test_usage_errors(run: Run, model_folder: Path, flags: list[object], fragment: str) -> None:
@@ -144,6 +243,12 @@ def check_refused(run: Run, argv: list[object], fragment: str) -> None:
         (["--max-context", 4], "the prompt must be under 4 tokens"),
         (["--temperature", -1], "temperature must be 0"),
         (["--seed", -1], "seed must be in 0.."),
+        (["--top-p", 0], "top_p must be in (0, 1], got 0.0"),
+        (["--stop", ""], "stop must be texts that are not empty"),
+        (["--logit-bias", "258=1"], "must be in 0..257, got 258"),
+        (["--batch-size", 0], "max_batch_size must be at least 1, got 0"),
+        (["--num-siblings", 0], "num_siblings must be at least 1, got 0"),
+        (["--max-nodes", 65], "max_nodes must be in 2..64, got 65"),
         (["--device", "toaster"], "device must be cpu or cuda"),
         (["--device", "cuda:99"], "device cuda:99 is not here"),
         (["--chat"], "no chat template"),
