@@ -154,6 +154,9 @@ def test_to_dict_keeps_the_order_of_the_command_line_and_survives_json() -> None
         "acceptance_rate",
         "drafter",
         "model",
+        "seed",
+        "index",
+        "logprobs",
     ]
     assert json.loads(json.dumps(record)) == record
     assert record["token_ids"] == [5, 6, 7, 8, 9]

@@ -129,7 +129,7 @@ class KangarooDrafter:
         device = self._target.device
         roots = [torch.full((1,), growth.tree.tokens[0], device=device) for growth in growths]
         levels = [(growths, torch.cat(roots))]
-        self._run_shallow(batch, *levels[0])
+        self._run_shallow(batch, growths, tokens=levels[0][1])
         hidden = self._catch_up(growing)
         is_blind = is_greedy and self._stopping.threshold == 0 and device.type != "cpu"
         while growing:
@@ -137,7 +137,7 @@ class KangarooDrafter:
             growing = [growth for growth in growing if growth.level]
             if growing:
                 levels.append((growing, tokens))
-                self._run_shallow(batch, growing, tokens)
+                self._run_shallow(batch, growing, tokens=tokens)
             growing = [growth for growth in growing if growth.tree.frontier]
             if growing:
                 hidden = self._feed(growing)
@@ -169,7 +169,7 @@ class KangarooDrafter:
         for sequence in sequences:
             self._memory.pop(sequence, None)
 
-    def _run_shallow(self, batch: Batch, growths: SequenceOf[_Growth], tokens: Tensor) -> None:
+    def _run_shallow(self, batch: Batch, growths: SequenceOf[_Growth], *, tokens: Tensor) -> None:
         """Layers [0, e) over the newest level of every tree, tokens [F], on the target's own cache."""
         segments = [
             batch.segment(one.row, num_rows=len(one.level), first_node=one.level.start, parents=one.tree.parents)

@@ -156,7 +156,7 @@ BAD = [
     ({"prompt": "a", "params": [1]}, "params must be a JSON object, got [1]"),
     ({"prompt": "a", "params": {"heat": 1}}, "unknown field 'heat' of params; allowed are max_new_tokens"),
     ({"prompt": "a", "params": {"top_p": 2}}, "top_p must be in (0, 1], got 2"),
-    ({"prompt": "a", "params": {"temperature": "hot"}}, "params must have values of the right types"),
+    ({"prompt": "a", "params": {"temperature": "hot"}}, "temperature must be a number"),
     ({"prompt": "a", "params": {"ignore_eos": "no"}}, "ignore_eos must be True or False"),
     ({"prompt": "a", "params": {"logit_bias": {"x": 1}}}, "params must have values of the right types"),
     ({"prompt": "a", "params": {"logit_bias": [1]}}, "params must have values of the right types"),
