@@ -5,14 +5,16 @@ from __future__ import annotations
 from collections.abc import Generator, Sequence
 from dataclasses import replace
 from importlib import import_module
+from pathlib import Path
 from typing import overload
 
 from rich.console import Console
 from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, TimeRemainingColumn
 
-from kangaroo.drafters.adapter import CONFIG_FILE
+from kangaroo.drafters.auto import AutoDrafter
 from kangaroo.drafters.base import Drafter
-from kangaroo.drafters.settings import Settings, find_settings
+from kangaroo.drafters.gate import GatedDrafter
+from kangaroo.drafters.settings import AutoSettings, GateSettings, Settings, find_settings
 from kangaroo.engine.decoding import Decoding
 from kangaroo.engine.engine import Engine
 from kangaroo.engine.pace import Pace
@@ -23,6 +25,13 @@ from kangaroo.model.text import TextStream
 from kangaroo.sampling import derive_seed, draw_seed
 from kangaroo.types import Completion, Request, SamplingParams, Token
 
+# The file beside a model that shows a drafter's companion is there.
+COMPANIONS = {
+    "retrieval": "datastore/datastore.json",
+    "kangaroo": "adapter/config.json",
+    "medusa": "medusa/config.json",
+    "layer_skip": "skip_layers.json",
+}
 # One prompt as text or token ids, or several.
 Prompts = str | Sequence[int] | Sequence[str] | Sequence[Sequence[int]]
 
@@ -216,8 +225,26 @@ def build_drafter(model: LoadedModel, drafter: str | Settings | None) -> Drafter
     None takes kangaroo where an adapter lies beside the model, else plain.
     """
     if drafter is None:
-        drafter = "kangaroo" if (model.adapter_folder / CONFIG_FILE).is_file() else "plain"
+        drafter = "kangaroo" if "kangaroo" in find_companions(model.folder) else "plain"
     settings = find_settings(drafter)() if isinstance(drafter, str) else drafter
-    module = import_module(f"kangaroo.drafters.{settings.name}")
-    built: Drafter = module.build(model, settings)
+    if isinstance(settings, GateSettings):
+        return GatedDrafter(model.target, build_drafter(model, settings.drafter), threshold=settings.threshold)
+    if isinstance(settings, AutoSettings):
+        return AutoDrafter([build_drafter(model, name) for name in _sources(model, settings)])
+    built: Drafter = import_module(f"kangaroo.drafters.{settings.name}").build(model, settings)
     return built
+
+
+def find_companions(folder: Path) -> list[str]:
+    """The drafters whose companions lie beside a model, those first that cost nothing to ask or draft best."""
+    return [name for name, file in COMPANIONS.items() if (folder / file).is_file()]
+
+
+def _sources(model: LoadedModel, settings: AutoSettings) -> list[str]:
+    if "auto" in settings.sources:
+        raise SettingsError("sources must be other drafters than auto itself")
+    if settings.sources:
+        return list(settings.sources)
+    found = find_companions(model.folder)
+    return ["prompt_lookup", *(name for name in found if name == "retrieval"),
+            *[name for name in found if name != "retrieval"][:1]]  # fmt: skip

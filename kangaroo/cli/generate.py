@@ -105,6 +105,19 @@ def generate(
     eta: drafting.Eta = None,
     num_siblings: drafting.NumSiblings = None,
     max_nodes: drafting.MaxNodes = None,
+    gate: drafting.Gate = None,
+    sources: drafting.Sources = None,
+    heads: drafting.Heads = None,
+    num_heads: drafting.NumHeads = None,
+    skip_layers: drafting.SkipLayers = None,
+    draft_model: drafting.DraftModel = None,
+    draft_dtype: drafting.DraftDtype = None,
+    max_ngram: drafting.MaxNgram = None,
+    min_ngram: drafting.MinNgram = None,
+    num_tokens: drafting.NumTokens = None,
+    references: drafting.References = None,
+    datastore: drafting.Datastore = None,
+    max_matches: drafting.MaxMatches = None,
 ) -> None:
     """Continue a prompt, or a file of them.
 
@@ -122,9 +135,12 @@ def generate(
          "logprobs_of": logprobs_of, "acceptance": acceptance},
         logit_bias=logit_bias,
     )  # fmt: skip
-    kangaroo = {"adapter": adapter, "exit_layer": exit_layer, "gamma": gamma, "eta": eta,
-                "num_siblings": num_siblings, "max_nodes": max_nodes}  # fmt: skip
-    settings = drafting.drafter_settings(drafter, kangaroo)
+    flags = {"gamma": gamma, "eta": eta, "num_siblings": num_siblings, "max_nodes": max_nodes, "gate": gate,
+             "sources": sources, "adapter": adapter, "exit_layer": exit_layer, "heads": heads, "num_heads": num_heads,
+             "skip_layers": skip_layers, "draft_model": draft_model, "draft_dtype": draft_dtype,
+             "max_ngram": max_ngram, "min_ngram": min_ngram, "num_tokens": num_tokens, "references": references,
+             "datastore": datastore, "max_matches": max_matches}  # fmt: skip
+    settings = drafting.drafter_settings(drafter, flags)
     if system is not None and not chat:
         raise usage_error("--system", "it does nothing without --chat; add that or leave it out")
     if logprobs is not None and not json_output and prompts is None:

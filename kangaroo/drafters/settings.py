@@ -78,8 +78,32 @@ class DraftModelSettings:
     dtype: str | None = None
 
 
+@dataclass(frozen=True)
+class AutoSettings:
+    """Which drafters share the work, each with its own defaults.
+
+    sources: names, those that cost nothing to ask first; none for prompt lookup and whatever lies beside the model:
+    a datastore, and an adapter, else heads, else a skip list.
+    """
+
+    name: ClassVar[str] = "auto"
+    sources: tuple[str, ...] = ()
+
+
+@dataclass(frozen=True)
+class GateSettings:
+    """A drafter that is only asked where the target was sure of its last choice.
+
+    drafter: the settings of the one behind the gate. threshold: the target's least confidence, in [0, 1].
+    """
+
+    name: ClassVar[str] = "gate"
+    drafter: Settings
+    threshold: float
+
+
 SETTINGS: dict[str, type[Settings]] = {
-    one.name: one for one in (PlainSettings, KangarooSettings, PromptLookupSettings, DraftModelSettings)
+    one.name: one for one in (PlainSettings, KangarooSettings, PromptLookupSettings, DraftModelSettings, AutoSettings)
 }
 
 
