@@ -31,7 +31,7 @@ def read_prompts(path: Path, *, limit: int | None = None) -> list[Prompt]:
     """The prompts of a file in order, the first `limit` of them if given.
 
     A .txt file holds prompts separated by blank lines, without the line breaks around them; a .jsonl file one object
-    a line, whose prompt is its `prompt`, else its `text`, else the first of its Spec-Bench `turns`; either may be
+    a line, whose prompt is its `prompt`, `text` or `question`, else the first of its Spec-Bench `turns`; either may be
     gzipped. Raises PromptError for a file that cannot be read, a malformed line, or where there is no prompt.
     """
     suffixes = [suffix.lower() for suffix in path.suffixes]
@@ -87,9 +87,11 @@ def _read_lines(text: str, path: Path) -> list[Prompt]:
 
 
 def _text_of(fields: dict[str, Any], *, where: str) -> str:
-    key = next((key for key in ("prompt", "text", "turns") if key in fields), None)
+    key = next((key for key in ("prompt", "text", "question", "turns") if key in fields), None)
     if key is None:
-        raise PromptError(f"{where}: must have a prompt, text or turns field, got {', '.join(fields) or 'none'}")
+        raise PromptError(
+            f"{where}: must have a prompt, text, question or turns field, got {', '.join(fields) or 'none'}"
+        )
     text = fields[key]
     if key == "turns":
         text = text[0] if isinstance(text, list) and text else text

@@ -1,0 +1,203 @@
+"""Every drafter on the same prompts: what it costs, what is accepted, and how much faster the text comes.
+
+    python benchmarks/drafters.py --code HumanEval.jsonl.gz --maths gsm8k_test.jsonl --copying question.jsonl
+        [--datastore DIR]
+
+All drafters take turns prompt by prompt in one process, after a warm-up, each with its own defaults and without
+adapting to what its drafts bring (engine/pace.py). Copying: the summaries and questions over given documents of
+Spec-Bench.
+"""
+
+import argparse
+import statistics
+import time
+from collections.abc import Sequence as SequenceOf
+from pathlib import Path
+
+from kangaroo.bench.comparison import compare, interleave
+from kangaroo.bench.contenders import KangarooContender, Run
+from kangaroo.bench.prompts import Prompt, read_prompts
+from kangaroo.bench.record import markdown_table, stamp, stamp_text, write_result
+from kangaroo.drafters.base import Batch, Drafter, Sequence
+from kangaroo.drafters.gate import GatedDrafter
+from kangaroo.drafters.settings import RetrievalSettings
+from kangaroo.llm import LLM, build_drafter
+from kangaroo.model.checkpoint import LoadedModel, load_model
+from kangaroo.types import Draft, Outcome
+
+COPYING = ("summarization", "rag")
+DEPTHS = (1, 2, 3, 4, 6)
+# The longest prompts are cut: the bundled model's context is 4,096 tokens.
+MAX_PROMPT_TOKENS = 1024
+
+
+class TimedDrafter:
+    """A drafter whose drafts are timed and counted."""
+
+    def __init__(self, drafter: Drafter) -> None:
+        self.name, self.taps = drafter.name, drafter.taps
+        self.draft_time_s, self.num_levels = 0.0, 0
+        self._drafter = drafter
+
+    def begin(self, sequences: SequenceOf[Sequence], *, num_slots: int) -> None:
+        """Pass on."""
+        self._drafter.begin(sequences, num_slots=num_slots)
+
+    def draft(self, batch: Batch) -> Draft:
+        """Pass on, and count time and depth."""
+        started_s = time.perf_counter()
+        draft = self._drafter.draft(batch)
+        self.draft_time_s += time.perf_counter() - started_s
+        depths = [0]
+        for parent in draft.parents[0][1:]:
+            depths.append(depths[parent] + 1)
+        self.num_levels += max(depths)
+        return draft
+
+    def accept(self, sequences: SequenceOf[Sequence], outcome: Outcome) -> None:
+        """Pass on."""
+        self._drafter.accept(sequences, outcome)
+
+    def end(self, sequences: SequenceOf[Sequence]) -> None:
+        """Pass on."""
+        self._drafter.end(sequences)
+
+
+def build_all(model: LoadedModel, datastore: str | None) -> dict[str, Drafter]:
+    """Every drafter the bundled model can have; a draft model of its vocabulary there is none."""
+    names = ["plain", "kangaroo", "layer_skip", "medusa", "prompt_lookup", "auto"]
+    drafters: dict[str, Drafter] = {name: build_drafter(model, name) for name in names}
+    drafters["kangaroo behind a gate of 0.3"] = GatedDrafter(
+        model.target, build_drafter(model, "kangaroo"), threshold=0.3
+    )
+    if datastore is not None:
+        drafters["retrieval"] = build_drafter(model, RetrievalSettings(datastore=datastore))
+    return drafters
+
+
+def num_parameters(model: LoadedModel, name: str) -> int:
+    """Weights a drafter adds to the target's."""
+    from safetensors import safe_open
+
+    files = {"kangaroo": model.folder / "adapter" / "adapter.safetensors",
+             "medusa": model.folder / "medusa" / "heads.safetensors"}  # fmt: skip
+    path = next(
+        (path for owner, path in files.items() if owner in name or (name == "auto" and owner == "kangaroo")), None
+    )
+    if path is None:
+        return 0
+    with safe_open(path, framework="pt") as file:
+        return sum(file.get_tensor(key).numel() for key in file.keys())
+
+
+def describe(name: str, mine: list[Run], timed: TimedDrafter, plain_step_s: float) -> dict[str, object]:
+    """What a drafter's texts tell."""
+    texts = [run.completion for run in mine if run.completion]
+    accepted = [length - 1 for one in texts for length in one.accepted_lengths]
+    num_steps, num_drafted = len(accepted), sum(one.num_drafted for one in texts)
+    share = timed.draft_time_s / timed.num_levels / plain_step_s if timed.num_levels else 0.0
+    tokens_per_step = sum(one.num_new_tokens - 1 for one in texts) / num_steps
+    levels = timed.num_levels / num_steps
+    return {
+        "acceptance_rate": sum(accepted) / num_drafted if num_drafted else None,
+        "ctar": {depth: sum(one >= depth for one in accepted) / num_steps for depth in DEPTHS},
+        "levels_per_step": levels,
+        "draft_level_share": share,
+        "ideal": tokens_per_step / (1 + levels * share),
+    }
+
+
+def measure(model: LoadedModel, prompts: list[tuple[int, ...]], args: argparse.Namespace) -> list[dict[str, object]]:
+    """One row a drafter on these prompts."""
+    timed = {name: TimedDrafter(drafter) for name, drafter in build_all(model, args.datastore).items()}
+    contenders = [KangarooContender(name, LLM(model, drafter)) for name, drafter in timed.items()]
+    runs = interleave(contenders, prompts, num_rounds=1, max_new_tokens=args.max_new_tokens)
+    plain = [run.completion for run in runs["plain"] if run.completion]
+    plain_step_s = statistics.median(one.decode_time_s / max(one.num_steps, 1) for one in plain)
+    rows = []
+    for row in compare(runs, "plain"):
+        name = str(row["contender"])
+        mine = [run.completion for run in runs[name] if run.completion]
+        # Decoding alone: prompts are read alike by all.
+        speeds = [a.tokens_per_s / b.tokens_per_s for a, b in zip(mine, plain, strict=True)
+                  if a.tokens_per_s and b.tokens_per_s]  # fmt: skip
+        row["speedup"] = statistics.median(speeds)
+        row["num_parameters"] = num_parameters(model, name)
+        rows.append(row | describe(name, runs[name], timed[name], plain_step_s))
+    return rows
+
+
+def encode(model: LoadedModel, prompts: list[Prompt], limit: int) -> list[tuple[int, ...]]:
+    """Evenly spaced prompts as token ids."""
+    chosen = prompts[:: max(1, len(prompts) // limit)][:limit]
+    return [tuple(model.tokenizer.encode(prompt.text)[-MAX_PROMPT_TOKENS:]) for prompt in chosen]
+
+
+def table(rows: list[dict[str, object]]) -> str:
+    header = ["drafter", "extra parameters", "tokens a step", *(f"CTAR@{depth}" for depth in DEPTHS), "accepted",
+              "levels a step", "a level costs", "ideal", "speedup", "equal"]  # fmt: skip
+    cells = []
+    for row in rows:
+        rate, ctar = row["acceptance_rate"], row["ctar"]
+        assert isinstance(ctar, dict)
+        cells.append([row["contender"], f"{row['num_parameters']:,}", f"{row['tokens_per_step']:.2f}",
+                      *(f"{ctar[depth]:.2f}" for depth in DEPTHS), "" if rate is None else f"{rate:.0%}",
+                      f"{row['levels_per_step']:.2f}", f"{row['draft_level_share']:.3f}", f"{row['ideal']:.2f}x",
+                      f"{row['speedup']:.2f}x", f"{row['num_equal']}/{row['num_texts']}"])  # fmt: skip
+    return markdown_table(header, cells)
+
+
+def plot(tables: dict[str, list[dict[str, object]]], path: Path) -> None:
+    """Measured and ideal speedup of every drafter on every kind of prompt."""
+    import matplotlib
+
+    matplotlib.use("Agg")
+    from matplotlib import pyplot
+
+    figure, axes = pyplot.subplots(1, len(tables), figsize=(5 * len(tables), 4), sharey=True)
+    for axis, (kind, rows) in zip(axes, tables.items(), strict=True):
+        names = [str(row["contender"]) for row in rows]
+        places = range(len(names))
+        axis.barh(places, [row["ideal"] for row in rows], color="#cfd8dc", label="ideal")
+        axis.barh(places, [row["speedup"] for row in rows], color="#1f6f54", height=0.5, label="measured")
+        axis.set_yticks(list(places), names)
+        axis.axvline(1.0, color="black", linewidth=0.8)
+        axis.set_title(kind)
+        axis.set_xlabel("speedup over plain decoding")
+    axes[0].legend(loc="lower right")
+    axes[0].invert_yaxis()
+    figure.tight_layout()
+    figure.savefig(path, dpi=120)
+
+
+def main() -> None:
+    parser = argparse.ArgumentParser(description=(__doc__ or "").splitlines()[0])
+    parser.add_argument("--code", type=Path, required=True, help="HumanEval.jsonl.gz")
+    parser.add_argument("--maths", type=Path, required=True, help="GSM8K, JSON lines with a question")
+    parser.add_argument("--copying", type=Path, required=True, help="Spec-Bench's question.jsonl")
+    parser.add_argument("--datastore", help="a folder made by `kangaroo datastore build`")
+    parser.add_argument("--num-prompts", type=int, default=30)
+    parser.add_argument("--max-new-tokens", type=int, default=128)
+    parser.add_argument("--output", type=Path, default=Path("benchmarks/drafters"))
+    args = parser.parse_args()
+    model = load_model("demo")
+    copying = [one for one in read_prompts(args.copying) if one.fields.get("category") in COPYING]
+    kinds = {"code": read_prompts(args.code), "maths": read_prompts(args.maths), "copying": copying}
+    tables = {kind: measure(model, encode(model, prompts, args.num_prompts), args) for kind, prompts in kinds.items()}
+    facts = stamp()
+    text = "\n\n".join([
+        "# Drafters", stamp_text(facts),
+        f"The bundled model, greedy, float32, batch size 1, {args.num_prompts} prompts of each kind, "
+        f"{args.max_new_tokens} tokens. A level is one more token of depth; its cost is the drafter's time a level "
+        "over a plain step. Ideal: tokens a step / (1 + levels a step x cost of a level), as if verification cost what "
+        "a plain step does. Speedups are medians of decoding without the prompt.",
+        *(f"## {kind.capitalize()}\n\n{table(rows)}" for kind, rows in tables.items()),
+        f"![Speedups]({args.output.name}.png)",
+    ])  # fmt: skip
+    write_result(args.output, {"stamp": facts, "tables": tables}, text=text)
+    plot(tables, args.output.with_suffix(".png"))
+    print(text)
+
+
+if __name__ == "__main__":
+    main()
