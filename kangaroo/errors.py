@@ -13,6 +13,10 @@ class AdapterError(KangarooError):
     """An adapter is missing, damaged, or belongs to another model or exit layer."""
 
 
+class DatastoreError(KangarooError):
+    """A datastore is missing, damaged, empty, or belongs to another vocabulary."""
+
+
 class SettingsError(KangarooError, ValueError):
     """A parameter is outside its allowed range."""
 

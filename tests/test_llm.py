@@ -103,7 +103,7 @@ def test_drafters_are_built_by_name(model: Path) -> None:
 
 @pytest.mark.parametrize("name", ["medusa", "", "Kangaroo"])
 def test_unknown_drafter_is_refused_with_the_names_allowed(model: Path, name: str) -> None:
-    with pytest.raises(SettingsError, match="drafter must be one of plain, kangaroo, got"):
+    with pytest.raises(SettingsError, match=r"drafter must be one of plain, kangaroo, .*got"):
         LLM.from_pretrained(str(model), name)
 
 

@@ -16,6 +16,7 @@ from typer.core import TyperGroup
 
 from kangaroo import __version__
 from kangaroo.cli.check import check_app
+from kangaroo.cli.datastore import datastore_app
 from kangaroo.cli.demo import demo_app
 from kangaroo.cli.env import env_app
 from kangaroo.cli.generate import generate_app
@@ -39,6 +40,7 @@ app = typer.Typer(cls=Verbs, no_args_is_help=True, add_completion=False)
 for verb in (demo_app, generate_app, check_app, env_app):
     app.add_typer(verb)
 app.add_typer(train_app, name="train", cls=Verbs)
+app.add_typer(datastore_app, name="datastore", cls=Verbs)
 
 
 def _remember_debug(ctx: typer.Context, value: bool) -> None:

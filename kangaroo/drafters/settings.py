@@ -79,6 +79,24 @@ class DraftModelSettings:
 
 
 @dataclass(frozen=True)
+class RetrievalSettings:
+    """How REST drafts (He et al. 2023, arXiv 2311.08252).
+
+    datastore: a folder, None for "datastore" beside the model. min_ngram, max_ngram: how many of the last tokens are
+    looked up, the longest run that is found counting. max_matches: how many places of it are read, num_tokens: how far
+    each. max_nodes: nodes of a draft, its root included.
+    """
+
+    name: ClassVar[str] = "retrieval"
+    datastore: str | None = None
+    min_ngram: int = 2
+    max_ngram: int = 16
+    num_tokens: int = 10
+    max_matches: int = 64
+    max_nodes: int = 32
+
+
+@dataclass(frozen=True)
 class AutoSettings:
     """Which drafters share the work, each with its own defaults.
 
@@ -103,7 +121,15 @@ class GateSettings:
 
 
 SETTINGS: dict[str, type[Settings]] = {
-    one.name: one for one in (PlainSettings, KangarooSettings, PromptLookupSettings, DraftModelSettings, AutoSettings)
+    one.name: one
+    for one in (
+        PlainSettings,
+        KangarooSettings,
+        PromptLookupSettings,
+        DraftModelSettings,
+        RetrievalSettings,
+        AutoSettings,
+    )
 }
 
 

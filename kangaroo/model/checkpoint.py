@@ -55,6 +55,21 @@ class LoadedModel:
         return found
 
 
+@dataclass(frozen=True)
+class Vocabulary:
+    """What a checkpoint says of its tokens: the tokenizer, the end-of-text ids and the number of its logits."""
+
+    tokenizer: Tokenizer
+    eos_ids: frozenset[int]
+    size: int
+
+    @classmethod
+    def load(cls, model: str) -> Vocabulary:
+        """Read it without the weights; model and errors are load_model's."""
+        folder = _find_folder(model)
+        return cls(Tokenizer.from_folder(folder), _eos_ids(folder), ModelConfig.from_folder(folder).vocab_size)
+
+
 def load_model(
     model: str, *, dtype: str | None = None, weights: str | None = None, device: str = "cpu", backend: str | None = None
 ) -> LoadedModel:
@@ -74,7 +89,7 @@ def load_model(
     placed = resolve_device(device)
     if weights is not None and placed.type != "cpu":
         raise SettingsError(f"weights {weights} needs device cpu, got {device}")
-    folder = DEMO_FOLDER if model == "demo" else resolve_folder(model)
+    folder = _find_folder(model)
     config = ModelConfig.from_folder(folder)
     target = load_transformer(
         folder, config, storage=weights or dtype, device=placed, backend=backend or select_backend(placed.type)
@@ -94,6 +109,10 @@ def resolve_device(name: str) -> torch.device:
     if device.type == "cuda" and (device.index or 0) >= torch.cuda.device_count():
         raise SettingsError(f"device {name} is not here: PyTorch sees {torch.cuda.device_count()} CUDA devices")
     return device
+
+
+def _find_folder(model: str) -> Path:
+    return DEMO_FOLDER if model == "demo" else resolve_folder(model)
 
 
 def _eos_ids(folder: Path) -> frozenset[int]:

@@ -1,5 +1,6 @@
 """Text to token ids and back: tokenizer.json through `tokenizers`, chat templates through sandboxed jinja2."""
 
+import hashlib
 import json
 from collections.abc import Sequence
 from datetime import datetime
@@ -61,6 +62,11 @@ class Tokenizer:
         """The id of every token, added ones included."""
         ids: dict[str, int] = self._backend.get_vocab(with_added_tokens=True)
         return ids
+
+    def fingerprint(self) -> str:
+        """Short hash of which id stands for which token."""
+        vocabulary = sorted(self.vocab().items(), key=lambda entry: entry[1])
+        return hashlib.sha256(json.dumps(vocabulary).encode()).hexdigest()[:16]
 
     def encode(self, text: str, *, add_special_tokens: bool = True) -> list[int]:
         """Token ids of text; the checkpoint's own rule adds its special tokens, such as a leading BOS.

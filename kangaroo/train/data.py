@@ -8,7 +8,7 @@ import hashlib
 import json
 import os
 from collections import Counter
-from collections.abc import Iterable, Iterator, Mapping, Sequence
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass, field
 from functools import lru_cache
 from pathlib import Path
@@ -57,24 +57,30 @@ class Corpus:
         return f"skipped {' and '.join(counts)}" if counts else ""
 
 
-def read_corpus(paths: Sequence[Path], tokenizer: Tokenizer, *, eos_id: int | None = None) -> Corpus:
+def read_corpus(
+    paths: Sequence[Path], tokenizer: Tokenizer, *, eos_id: int | None = None,
+    track: Callable[[Sequence[tuple[Path, bool]]], Iterable[tuple[Path, bool]]] = iter
+) -> Corpus:  # fmt: skip
     """Read files and folders; eos_id closes every plain document, while a chat ends as its template says.
 
     A folder is walked in sorted order without hidden entries; large source files and files that are no UTF-8
-    are counted and passed over there. Raises DataError for a missing path, an unsupported file, a malformed
-    line, or where nothing was found.
+    are counted and passed over there. track: passes on the files, as a progress bar does, each with whether it was
+    found in a folder. Raises DataError for a missing path, an unsupported file, a malformed line, or where nothing was
+    found.
     """
     documents: list[Document] = []
     skipped: Counter[str] = Counter()
+    files: list[tuple[Path, bool]] = []
     for path in paths:
         if not path.exists():
             raise DataError(f"no such data file or folder: {path}; give {ALLOWED}, or a folder of those")
-        for file in _files(path):
-            found = _read_file(file, tokenizer, eos_id=eos_id, within_folder=path.is_dir())
-            if isinstance(found, str):
-                skipped[found] += 1
-            else:
-                documents += found
+        files += [(file, path.is_dir()) for file in _files(path)]
+    for file, within_folder in track(files):
+        found = _read_file(file, tokenizer, eos_id=eos_id, within_folder=within_folder)
+        if isinstance(found, str):
+            skipped[found] += 1
+        else:
+            documents += found
     corpus = Corpus(tuple(documents), skipped)
     if not documents:
         names, note = ", ".join(str(path) for path in paths), corpus.skipped_note()

@@ -47,6 +47,17 @@ def test_round_trip(text: str) -> None:
     assert TOKENIZER.decode(ids) == text
 
 
+def test_the_fingerprint_tells_vocabularies_apart(folder: Path) -> None:
+    tokenizer, path = Tokenizer.from_folder(folder), folder / "tokenizer.json"
+    content = json.loads(path.read_text())
+    path.write_text(json.dumps(content | {"post_processor": None}))
+    assert Tokenizer.from_folder(folder).fingerprint() == tokenizer.fingerprint()
+    vocabulary = content["model"]["vocab"]
+    vocabulary["a"], vocabulary["b"] = vocabulary["b"], vocabulary["a"]
+    path.write_text(json.dumps(content))
+    assert Tokenizer.from_folder(folder).fingerprint() != tokenizer.fingerprint()
+
+
 def test_saved_truncation_and_padding_are_not_applied(folder: Path) -> None:
     backend = tiny_tokenizer()
     backend.enable_truncation(4)

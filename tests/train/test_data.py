@@ -94,6 +94,20 @@ def test_a_large_text_in_a_folder_is_read_in_full(name, tokenizer, tmp_path):
     assert corpus.skipped_note() == ""
 
 
+def test_progress_can_be_followed_file_by_file(tokenizer, tmp_path):
+    for name in ("b.txt", "a.py"):
+        (tmp_path / name).write_text("hop")
+    passed = []
+
+    def track(files):
+        for file in files:
+            passed.append(file)
+            yield file
+
+    read_corpus([tmp_path, tmp_path / "b.txt"], tokenizer, track=track)
+    assert passed == [(tmp_path / "a.py", True), (tmp_path / "b.txt", True), (tmp_path / "b.txt", False)]
+
+
 def test_a_large_source_file_given_by_name_is_read(tokenizer, tmp_path):
     (tmp_path / "a.py").write_text("x" * (MAX_SOURCE_FILE + 1))
     assert len(read(tokenizer, tmp_path / "a.py").documents) == 1

@@ -1,0 +1,112 @@
+"""REST: guesses are what followed the text's last tokens in a datastore (He et al. 2023, arXiv 2311.08252)."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence as SequenceOf
+from heapq import heappop, heappush
+from typing import TYPE_CHECKING
+
+from kangaroo.drafters.base import MAX_NODES, Batch, Sequence
+from kangaroo.drafters.datastore import Datastore
+from kangaroo.drafters.settings import RetrievalSettings
+from kangaroo.errors import SettingsError
+from kangaroo.types import Draft, Outcome
+
+if TYPE_CHECKING:
+    from kangaroo.model.checkpoint import LoadedModel
+
+# What a count is lessened by, d = DISCOUNT / (DISCOUNT + l) behind l matching tokens: the longer a match, the more it
+# tells. Fitted to the bundled model's texts, greedy and sampled, over datastores of its own texts and of its corpus.
+DISCOUNT = 10.0
+
+
+def build(model: LoadedModel, settings: RetrievalSettings) -> RetrievalDrafter:
+    """The drafter these settings ask for; raises DatastoreError where there is no datastore for the model."""
+    folder = settings.datastore or model.folder / "datastore"
+    datastore = Datastore.open(
+        folder, vocab_size=model.target.config.vocab_size, fingerprint=model.tokenizer.fingerprint()
+    )
+    return RetrievalDrafter(datastore, settings)
+
+
+class RetrievalDrafter:
+    """Drafts the most frequent continuations of the text's longest suffix that the datastore holds."""
+
+    name = "retrieval"
+    taps: tuple[int, ...] = ()
+
+    def __init__(self, datastore: Datastore, settings: RetrievalSettings | None = None) -> None:
+        """settings.datastore is not looked at. Raises SettingsError for the others outside their range."""
+        settings = settings or RetrievalSettings()
+        for name in ("min_ngram", "num_tokens", "max_matches"):
+            if getattr(settings, name) < 1:
+                raise SettingsError(f"{name} must be at least 1, got {getattr(settings, name)}")
+        if settings.max_ngram < settings.min_ngram:
+            raise SettingsError(f"max_ngram must be at least min_ngram ({settings.min_ngram}), "
+                                f"got {settings.max_ngram}")  # fmt: skip
+        if not 2 <= settings.max_nodes <= MAX_NODES:
+            raise SettingsError(f"max_nodes must be in 2..{MAX_NODES}, got {settings.max_nodes}")
+        self._datastore = datastore
+        self._settings = settings
+
+    def begin(self, sequences: SequenceOf[Sequence], *, num_slots: int) -> None:
+        """Nothing to prepare."""
+
+    def draft(self, batch: Batch) -> Draft:
+        """Look up every sequence's end; its root alone where the datastore has nothing that pays."""
+        trees = [self._look_up(sequence, batch.node_price) for sequence in batch.sequences]
+        return Draft([tokens for tokens, _ in trees], [parents for _, parents in trees])
+
+    def accept(self, sequences: SequenceOf[Sequence], outcome: Outcome) -> None:
+        """Nothing to learn."""
+
+    def end(self, sequences: SequenceOf[Sequence]) -> None:
+        """Nothing to free."""
+
+    def _look_up(self, sequence: Sequence, price: float) -> tuple[list[int], list[int]]:
+        """Tokens and parents of one sequence's draft."""
+        settings, params = self._settings, sequence.request.params
+        depth = min(settings.num_tokens, sequence.max_draft)
+        if depth == 0:
+            return [sequence.tokens[-1]], [-1]
+        length, places = self._datastore.find(
+            sequence.tokens, min_ngram=settings.min_ngram, max_ngram=settings.max_ngram
+        )
+        rows = self._datastore.continuations(length, places, num_tokens=depth, max_matches=settings.max_matches)
+        # Block verification judges chains alone.
+        is_block = params.acceptance == "block" and params.temperature > 0
+        return merge(sequence.tokens[-1], rows, length=length, num_siblings=1 if is_block else settings.max_nodes,
+                     max_nodes=settings.max_nodes, price=price)  # fmt: skip
+
+
+def merge(
+    root: int, continuations: SequenceOf[SequenceOf[int]], *, length: int, num_siblings: int, max_nodes: int,
+    price: float
+) -> tuple[list[int], list[int]]:  # fmt: skip
+    """Tokens and parents of the tree of the likeliest beginnings of continuations, of a match of length tokens.
+
+    Nodes join, likeliest first, while they promise at least price and max_nodes leaves room; num_siblings: the most
+    children of one node. A child that c of its parent's n continuations agree on has the chance (c - d) / n times its
+    parent's, by absolute discounting (Ney, Essen and Kneser 1994); see DISCOUNT for d.
+    """
+    tokens, parents = list[int](), list[int]()
+    # Negated chance, a number that sets equals in the order found, depth, parent, token and the continuations.
+    waiting: list[tuple[float, int, int, int, int, SequenceOf[SequenceOf[int]]]]
+    waiting, num_found = [(-1.0, 0, 0, -1, root, continuations)], 1
+    while waiting and len(tokens) < max_nodes:
+        chance, _, depth, parent, token, rows = heappop(waiting)
+        node = len(tokens)
+        tokens.append(token)
+        parents.append(parent)
+        groups: dict[int, list[SequenceOf[int]]] = {}
+        for row in rows:
+            if len(row) > depth:
+                groups.setdefault(row[depth], []).append(row)
+        discount = DISCOUNT / (DISCOUNT + length + depth)
+        for child, group in sorted(groups.items(), key=lambda one: len(one[1]), reverse=True)[:num_siblings]:
+            child_chance = chance * (len(group) - discount) / len(rows)
+            if -child_chance < price:
+                break
+            heappush(waiting, (child_chance, num_found, depth + 1, node, child, group))
+            num_found += 1
+    return tokens, parents
