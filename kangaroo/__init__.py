@@ -4,16 +4,29 @@ from typing import TYPE_CHECKING, Any
 
 if TYPE_CHECKING:
     from kangaroo.drafters.settings import KangarooSettings
+    from kangaroo.engine.async_engine import AsyncEngine
+    from kangaroo.engine.scheduler import Limits
     from kangaroo.errors import KangarooError
     from kangaroo.llm import LLM
     from kangaroo.types import Completion, SamplingParams, Token
 
 __version__ = "0.1.0"
 
-__all__ = ["LLM", "Completion", "KangarooError", "KangarooSettings", "SamplingParams", "Token"]
+__all__ = [
+    "LLM",
+    "AsyncEngine",
+    "Completion",
+    "KangarooError",
+    "KangarooSettings",
+    "Limits",
+    "SamplingParams",
+    "Token",
+]
 
 _HOMES = {
     "LLM": "kangaroo.llm",
+    "AsyncEngine": "kangaroo.engine.async_engine",
+    "Limits": "kangaroo.engine.scheduler",
     "Completion": "kangaroo.types",
     "KangarooError": "kangaroo.errors",
     "KangarooSettings": "kangaroo.drafters.settings",
