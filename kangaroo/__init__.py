@@ -3,7 +3,15 @@
 from typing import TYPE_CHECKING, Any
 
 if TYPE_CHECKING:
-    from kangaroo.drafters.settings import KangarooSettings
+    from kangaroo.drafters.settings import (
+        AutoSettings,
+        DraftModelSettings,
+        GateSettings,
+        KangarooSettings,
+        MedusaSettings,
+        PromptLookupSettings,
+        RetrievalSettings,
+    )
     from kangaroo.engine.async_engine import AsyncEngine
     from kangaroo.engine.scheduler import Limits
     from kangaroo.errors import KangarooError
@@ -15,10 +23,16 @@ __version__ = "0.1.0"
 __all__ = [
     "LLM",
     "AsyncEngine",
+    "AutoSettings",
     "Completion",
+    "DraftModelSettings",
+    "GateSettings",
     "KangarooError",
     "KangarooSettings",
     "Limits",
+    "MedusaSettings",
+    "PromptLookupSettings",
+    "RetrievalSettings",
     "SamplingParams",
     "Token",
 ]
@@ -29,7 +43,13 @@ _HOMES = {
     "Limits": "kangaroo.engine.scheduler",
     "Completion": "kangaroo.types",
     "KangarooError": "kangaroo.errors",
+    "AutoSettings": "kangaroo.drafters.settings",
+    "DraftModelSettings": "kangaroo.drafters.settings",
+    "GateSettings": "kangaroo.drafters.settings",
     "KangarooSettings": "kangaroo.drafters.settings",
+    "MedusaSettings": "kangaroo.drafters.settings",
+    "PromptLookupSettings": "kangaroo.drafters.settings",
+    "RetrievalSettings": "kangaroo.drafters.settings",
     "SamplingParams": "kangaroo.types",
     "Token": "kangaroo.types",
 }

@@ -17,6 +17,10 @@ class DatastoreError(KangarooError):
     """A datastore is missing, damaged, empty, or belongs to another vocabulary."""
 
 
+class HeadsError(KangarooError):
+    """Medusa heads are missing, damaged, or belong to another model."""
+
+
 class SettingsError(KangarooError, ValueError):
     """A parameter is outside its allowed range."""
 

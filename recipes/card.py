@@ -1,7 +1,8 @@
 """Write the model card of the demo model from the records its making left.
 
     python recipes/card.py --corpus build/demo/corpus --state build/demo/target --model build/demo/model \
-        --adapter build/demo/adapter [--problems HumanEval.jsonl.gz] --output kangaroo/assets/demo/README.md
+        --adapter build/demo/adapter --medusa build/demo/medusa [--problems HumanEval.jsonl.gz] \
+        --output kangaroo/assets/demo/README.md
 """
 
 import argparse
@@ -79,12 +80,27 @@ def describe_adapter(report: dict[str, Any]) -> str:
     )
 
 
+def describe_medusa(report: dict[str, Any]) -> str:
+    plan, metrics = report["plan"], report["metrics"]
+    top1, consistent = (
+        " / ".join(f"{metrics[f'{name}_{number}']:.3f}" for number in range(1, plan["num_heads"] + 1))
+        for name in ("top1", "ctar")
+    )
+    return (
+        f"{plan['num_heads']} heads on the last states, {report['num_parameters']:,} parameters, trained on the same "
+        f"text: {report['num_tokens_seen'] / 1e6:.2f}M tokens in {report['wall_time_s'] / 60:.0f} minutes. On the same "
+        f"held-out texts, teacher-forced: top-1 of each head {top1}, CTAR {consistent}. The report is "
+        "medusa/report.json."
+    )
+
+
 def main() -> None:
     parser = argparse.ArgumentParser(description=(__doc__ or "").splitlines()[0])
     parser.add_argument("--corpus", type=Path, required=True)
     parser.add_argument("--state", type=Path, required=True)
     parser.add_argument("--model", type=Path, required=True)
     parser.add_argument("--adapter", type=Path, required=True)
+    parser.add_argument("--medusa", type=Path, required=True)
     parser.add_argument("--problems", type=Path, help="HumanEval.jsonl.gz, to measure the loss on")
     parser.add_argument("--output", type=Path, required=True)
     args = parser.parse_args()
@@ -104,6 +120,7 @@ def main() -> None:
         "## Data", describe_data(read_json(args.corpus / "corpus.json")),
         "## Training", describe_training(progress),
         "## Adapter", describe_adapter(read_json(args.adapter / "report.json")),
+        "## Medusa heads", describe_medusa(read_json(args.medusa / "report.json")),
     ]  # fmt: skip
     args.output.write_text("\n\n".join(sections) + "\n", encoding="utf-8")
 

@@ -1,5 +1,5 @@
 #!/usr/bin/env bash
-# Make the bundled demo model and its adapter from the Python source on this machine. Nothing is fetched.
+# Make the bundled demo model, its adapter and its Medusa heads from the Python source on this machine. Nothing is fetched.
 #
 #   recipes/demo.sh
 #
@@ -7,7 +7,7 @@
 # step again, delete its folder and those of the steps after it.
 #
 # MINUTES         how long to pre-train
-# ADAPTER_STEPS   how many steps to train the adapter
+# ADAPTER_STEPS   how many steps to train the adapter, and the Medusa heads
 # HUMANEVAL       HumanEval.jsonl.gz, an absolute path: its problems are kept out of the corpus and measure the model
 set -euo pipefail
 
@@ -15,7 +15,7 @@ cd "$(dirname "$0")/.."
 export PYTHONPATH=.  # the package of this checkout, not an installed one
 python=.venv/bin/python
 corpus=build/demo/corpus target=build/demo/target model=build/demo/model
-own=build/demo/own.jsonl adapter=build/demo/adapter
+own=build/demo/own.jsonl adapter=build/demo/adapter medusa=build/demo/medusa
 installed=kangaroo/assets/demo
 
 # The program of this checkout, whether or not it is installed.
@@ -64,11 +64,22 @@ $python -c 'import json, sys
 config = json.load(open(sys.argv[1])) | {"gamma": 6, "eta": 0.3}
 open(sys.argv[1], "w").write(json.dumps(config, indent=2) + "\n")' $adapter/config.json
 
+# On the same text and as much of it as the adapter, so that the two can be compared.
+step "Medusa heads: $medusa"
+if [[ ! -e $medusa/report.json ]]; then
+    resume=()
+    if [[ -e $medusa/checkpoint/state.safetensors ]]; then resume=(--resume); fi
+    kangaroo train medusa --model $model --data $own --num-heads 4 --output $medusa \
+        --steps "${ADAPTER_STEPS:-1200}" --batch-size 4 --sequence-length 512 --learning-rate 1e-2 --dtype bfloat16 \
+        ${resume[@]+"${resume[@]}"}
+fi
+
 step "bundled: $installed"
-mkdir -p $installed/adapter
+mkdir -p $installed/adapter $installed/medusa
 # install sets the mode, since safetensors are written for their owner alone.
 install -m 644 $model/{config,generation_config,tokenizer,tokenizer_config}.json $model/model.safetensors $installed
 install -m 644 $adapter/{config.json,adapter.safetensors,report.json} $installed/adapter
+install -m 644 $medusa/{config.json,heads.safetensors,report.json} $installed/medusa
 install -m 644 $corpus/corpus.json $installed
 install -m 644 $target/progress.json $installed/training.json
 
@@ -80,4 +91,4 @@ else
     echo "HUMANEVAL is not set: the loss on it is not measured"
 fi
 $python recipes/card.py --corpus $corpus --state $target --model $model --adapter $adapter \
-    ${problems[@]+"${problems[@]}"} --output $installed/README.md
+    --medusa $medusa ${problems[@]+"${problems[@]}"} --output $installed/README.md

@@ -30,6 +30,7 @@ def test_bundle_is_small_and_carries_its_card() -> None:
     names = {path.relative_to(DEMO_FOLDER).as_posix() for path in files}
     assert {"README.md", "config.json", "model.safetensors", "tokenizer.json", "generation_config.json"} <= names
     assert {"adapter/config.json", "adapter/adapter.safetensors", "adapter/report.json"} <= names
+    assert {"medusa/config.json", "medusa/heads.safetensors", "medusa/report.json"} <= names
     assert sum(path.stat().st_size for path in files) < 60e6
 
 
@@ -57,18 +58,18 @@ def test_kangaroo_is_plain_decoding_to_the_bit_in_every_storage(storage: str, et
     assert min(accepted[kind] for kind in ("none", "part", "all")) > 0
 
 
+@pytest.mark.parametrize("drafter", ["kangaroo", "medusa"])
 @pytest.mark.parametrize("prompt", PROMPTS)
-def test_kangaroo_draws_the_text_plain_decoding_draws(model: LoadedModel, prompt: str) -> None:
+def test_each_drafter_draws_the_text_plain_decoding_draws(model: LoadedModel, prompt: str, drafter: str) -> None:
     params = SamplingParams(max_new_tokens=64, temperature=0.8, seed=11)
-    plain, kangaroo = (
-        LLM(model, build_drafter(model, drafter)).generate(prompt, params) for drafter in ("plain", "kangaroo")
-    )
-    assert kangaroo.num_accepted > 0
-    assert plain.token_ids == kangaroo.token_ids
+    plain, drafted = (LLM(model, build_drafter(model, name)).generate(prompt, params) for name in ("plain", drafter))
+    assert drafted.num_accepted > 0
+    assert plain.token_ids == drafted.token_ids
 
 
-def test_adapter_brings_at_least_half_a_token_a_step(model: LoadedModel) -> None:
-    llm = LLM(model, build_drafter(model, "kangaroo"))
+@pytest.mark.parametrize("drafter", ["kangaroo", "medusa"])
+def test_each_drafter_brings_at_least_half_a_token_a_step(model: LoadedModel, drafter: str) -> None:
+    llm = LLM(model, build_drafter(model, drafter))
     completions = [llm.generate(prompt, SamplingParams(max_new_tokens=64)) for prompt in PROMPTS]
     num_tokens = sum(one.num_new_tokens - 1 for one in completions)
     assert num_tokens / sum(one.num_steps for one in completions) > 1.5

@@ -12,7 +12,18 @@ PACKAGE = Path(__file__).parents[1] / "kangaroo"
 FILES = sorted(PACKAGE.rglob("*.py"))
 
 OUTER = ("train", "search", "bench", "server", "integrations", "cli")
-SHARED_BY_DRAFTERS = ("base", "settings", "stopping", "tree", "growing", "ngrams", "adapter", "datastore")
+SHARED_BY_DRAFTERS = (
+    "base",
+    "settings",
+    "stopping",
+    "tree",
+    "growing",
+    "ngrams",
+    "companion",
+    "adapter",
+    "medusa_heads",
+    "datastore",
+)
 KNOWS_NO_DRAFTER = (
     "kangaroo.model",
     "kangaroo.noise",

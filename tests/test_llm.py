@@ -10,8 +10,9 @@ from typing import Any
 import pytest
 import torch
 
-from kangaroo.drafters.adapter import CONFIG_FILE, WEIGHTS_FILE, Adapter
+from kangaroo.drafters.adapter import WEIGHTS_FILE, Adapter
 from kangaroo.drafters.base import Batch
+from kangaroo.drafters.companion import CONFIG_FILE
 from kangaroo.drafters.kangaroo import KangarooDrafter
 from kangaroo.drafters.plain import PlainDrafter
 from kangaroo.drafters.settings import KangarooSettings

@@ -4,18 +4,15 @@ Norm, one multi-head attention, residual, norm; the head is the target's (Kangar
 Shapes: D hidden size, H query heads, E head size; leading dimensions ... as in model/transformer.py.
 """
 
-import hashlib
-import json
 from dataclasses import replace
 from pathlib import Path
 from typing import TYPE_CHECKING, Literal
 
 import torch
-from pydantic import BaseModel, ConfigDict, Field, ValidationError
-from safetensors import SafetensorError, safe_open
-from safetensors.torch import save_file
+from pydantic import Field
 from torch import Tensor
 
+from kangaroo.drafters.companion import Companion, CompanionConfig, fingerprint
 from kangaroo.errors import AdapterError, KernelError
 from kangaroo.kernels import REFERENCE, reference
 from kangaroo.model.cache import KVCache
@@ -25,14 +22,12 @@ from kangaroo.model.transformer import AttentionPass, Rotary, Transformer
 if TYPE_CHECKING:
     from kangaroo.model.packed import PackedStack, PackedTransformer
 
-CONFIG_FILE = "config.json"
 WEIGHTS_FILE = "adapter.safetensors"
+ADAPTER = Companion("adapter", WEIGHTS_FILE, AdapterError)
 
 
-class AdapterConfig(BaseModel):
+class AdapterConfig(CompanionConfig):
     """What an adapter was trained for; gamma and eta are the settings its training report recommends."""
-
-    model_config = ConfigDict(extra="forbid")
 
     kind: Literal["attention"] = "attention"
     exit_layer: int
@@ -40,7 +35,6 @@ class AdapterConfig(BaseModel):
     num_heads: int
     head_dim: int
     vocab_size: int
-    target_fingerprint: str
     gamma: int | None = Field(default=None, ge=1)
     eta: float | None = Field(default=None, ge=0, le=1)
 
@@ -96,22 +90,13 @@ class Adapter:
 
         Raises AdapterError where files are missing or damaged, or the adapter belongs to another model.
         """
-        config = read_config(folder)
+        config = ADAPTER.read_config(folder, AdapterConfig)
         check_exit_layer(config.exit_layer, target.num_layers)
         model = attention_config(target.config)
-        expected = {"hidden_size": model.hidden_size, "vocab_size": model.vocab_size,
-                    "num_heads": model.num_heads, "head_dim": model.head_dim}  # fmt: skip
-        for name, value in expected.items():
-            if getattr(config, name) != value:
-                raise AdapterError(f"{folder} is for another model: its {name} is {getattr(config, name)}, "
-                                   f"the target's {value}; train one for this target")  # fmt: skip
-        if config.target_fingerprint != fingerprint(target):
-            raise AdapterError(f"{folder} is for another model of the same shape; train one for this target")
-        tensors = {}
-        for name, tensor in _read_tensors(folder, model).items():
-            dtype = torch.float32 if tensor.ndim == 1 else target.dtype
-            placed = tensor.to(target.device, dtype)
-            tensors[name] = placed if tensor.ndim == 1 else reference.prepare(placed)
+        sizes = {"hidden_size": model.hidden_size, "vocab_size": model.vocab_size,
+                 "num_heads": model.num_heads, "head_dim": model.head_dim}  # fmt: skip
+        ADAPTER.check_target(folder, config, target=target, sizes=sizes)
+        tensors = ADAPTER.read_tensors(folder, tensor_shapes(model), target=target)
         adapter = cls(config, target.config, tensors=tensors)
         return adapter if target.backend == REFERENCE else adapter.pack(target)  # type: ignore[arg-type]
 
@@ -161,12 +146,7 @@ class Adapter:
         """
         if self.packed is not None:
             raise KernelError("packed weights are not saved; save the adapter they were packed from")
-        tensors = {name: tensor.detach().to(dtype).cpu().contiguous() for name, tensor in self.tensors.items()}
-        save_file(tensors, folder / WEIGHTS_FILE)
-        # safetensors writes for the owner alone; a model folder is shared like its config.
-        (folder / WEIGHTS_FILE).chmod(0o644)
-        text = json.dumps(self.config.model_dump(), indent=2) + "\n"
-        (folder / CONFIG_FILE).write_text(text, encoding="utf-8")
+        ADAPTER.save(folder, self.config, tensors=self.tensors, dtype=dtype)
 
     def forward(self, hidden: Tensor, *, attention: AttentionPass) -> Tensor:
         """Normed states [..., D] for the target's head, from states [..., D] entering the exit layer."""
@@ -200,16 +180,6 @@ def attention_config(config: ModelConfig) -> ModelConfig:
     )
 
 
-def fingerprint(target: Transformer) -> str:
-    """Short hash of the target's norms, rounded to bfloat16: the same in every dtype it is loaded or saved in.
-
-    A fine-tune that leaves the norms alone shares it; an adapter fits such a model, only less well.
-    """
-    norms = [*(layer.input_norm for layer in target.layers), *(layer.mlp_norm for layer in target.layers)]
-    rounded = torch.cat([*norms, target.final_norm]).detach().bfloat16().float().cpu()
-    return hashlib.sha256(rounded.numpy().tobytes()).hexdigest()[:16]
-
-
 def tensor_shapes(model: ModelConfig) -> dict[str, tuple[int, ...]]:
     """Shape of every adapter weight for this model; 4 D^2 numbers in all where H * E = D."""
     size, inner = model.hidden_size, model.num_heads * model.head_dim
@@ -222,31 +192,3 @@ def check_exit_layer(exit_layer: int, num_layers: int) -> None:
         raise AdapterError("a model of one layer has no layer to exit from; use plain decoding")
     if not 1 <= exit_layer < num_layers:
         raise AdapterError(f"exit_layer must be in 1..{num_layers - 1}, got {exit_layer}")
-
-
-def read_config(folder: Path) -> AdapterConfig:
-    """The adapter's config.json; raises AdapterError where it is missing or malformed."""
-    path = folder / CONFIG_FILE
-    try:
-        return AdapterConfig.model_validate_json(path.read_bytes())
-    except OSError as error:
-        raise AdapterError(f"{folder} holds no adapter: no readable {CONFIG_FILE}") from error
-    except ValidationError as error:
-        first = error.errors()[0]
-        where = ".".join(str(part) for part in first["loc"]) or "content"
-        raise AdapterError(f"{path} is no adapter config: {where}: {first['msg']}") from error
-
-
-def _read_tensors(folder: Path, model: ModelConfig) -> dict[str, Tensor]:
-    path, shapes = folder / WEIGHTS_FILE, tensor_shapes(model)
-    try:
-        with safe_open(path, framework="pt") as file:
-            tensors = {name: file.get_tensor(name) for name in file.keys()}
-    except FileNotFoundError as error:
-        raise AdapterError(f"{folder} holds no {WEIGHTS_FILE}") from error
-    except (SafetensorError, OSError) as error:
-        raise AdapterError(f"{path} is damaged: {error}; copy or train it again") from error
-    found = {name: tuple(tensor.shape) for name, tensor in tensors.items()}
-    if found != shapes:
-        raise AdapterError(f"{path} must hold {shapes}, got {found}")
-    return tensors

@@ -39,6 +39,23 @@ class KangarooSettings:
 
 
 @dataclass(frozen=True)
+class MedusaSettings:
+    """How Medusa heads draft.
+
+    heads: a folder, None for "medusa" beside the model. num_heads: how many of them guess, None for all. eta: the
+    confidence below which nothing is guessed behind a token, 0 for never. num_siblings: guesses for the token behind
+    one node, 1 for chains; max_nodes: nodes of a draft, its root included.
+    """
+
+    name: ClassVar[str] = "medusa"
+    heads: str | None = None
+    num_heads: int | None = None
+    eta: float = 0.2
+    num_siblings: int = 3
+    max_nodes: int = 24
+
+
+@dataclass(frozen=True)
 class PromptLookupSettings:
     """How prompt lookup drafts.
 
@@ -125,6 +142,7 @@ SETTINGS: dict[str, type[Settings]] = {
     for one in (
         PlainSettings,
         KangarooSettings,
+        MedusaSettings,
         PromptLookupSettings,
         DraftModelSettings,
         RetrievalSettings,

@@ -27,6 +27,12 @@ def linear(hidden: Tensor, weight: Tensor, *, bias: Tensor | None = None) -> Ten
     return F.linear(hidden, weight, bias)
 
 
+def head_logits(normed: Tensor, head: Tensor, *, softcap: float | None) -> Tensor:
+    """Logits [..., V], float32, of normed states [..., D] by a head [V, D], capped where softcap is given (Gemma 2)."""
+    logits = linear(normed, head).float()
+    return logits if softcap is None else softcap * torch.tanh(logits / softcap)
+
+
 def rms_norm(hidden: Tensor, weight: Tensor, *, eps: float) -> Tensor:
     """Root-mean-square norm of [..., D] in float32, scaled by weight [D] (float32), in hidden's dtype."""
     return F.rms_norm(hidden.float(), weight.shape, weight, eps).to(hidden.dtype)

@@ -36,6 +36,11 @@ class LoadedModel:
         """Where an adapter lies beside its model."""
         return self.folder / "adapter"
 
+    @property
+    def heads_folder(self) -> Path:
+        """Where Medusa heads lie beside their model."""
+        return self.folder / "medusa"
+
     def sampling_defaults(self) -> dict[str, Any]:
         """The fields of SamplingParams that generation_config.json recommends, {} where there are none.
 

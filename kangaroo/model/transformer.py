@@ -191,9 +191,7 @@ class Transformer:
 
     def head_logits(self, normed: Tensor) -> Tensor:
         """Logits [..., V], float32, of normed states [..., D]: the head a drafter may share."""
-        logits = reference.linear(normed, self.head).float()
-        cap = self.config.logits_softcap
-        return logits if cap is None else cap * torch.tanh(logits / cap)
+        return reference.head_logits(normed, self.head, softcap=self.config.logits_softcap)
 
     def _attend(self, layer_id: int, hidden: Tensor, *, attention: AttentionPass, cosine: Tensor,
                 sine: Tensor) -> Tensor:  # fmt: skip

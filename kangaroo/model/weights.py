@@ -20,7 +20,8 @@ from kangaroo.model.transformer import Layer, Transformer
 HUB_FILES = ["model*.safetensors", "model.safetensors.index.json", "config.json", "generation_config.json",
              "tokenizer.json", "tokenizer.model", "tokenizer_config.json", "special_tokens_map.json",
              "added_tokens.json", "chat_template.jinja", "vocab.json", "vocab.txt", "merges.txt",
-             "adapter/config.json", "adapter/adapter.safetensors"]  # fmt: skip
+             "adapter/config.json", "adapter/adapter.safetensors",
+             "medusa/config.json", "medusa/heads.safetensors"]  # fmt: skip
 DTYPES = {"float32": torch.float32, "bfloat16": torch.bfloat16, "float16": torch.float16}
 # What weights may be kept in; int8 has one scale per output.
 STORAGES = (*DTYPES, "int8")

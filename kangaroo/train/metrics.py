@@ -96,5 +96,27 @@ class Positions:
         return best[1], best[2]
 
 
+def summarize_heads(heads: Sequence[Positions], *, decay: float) -> dict[str, float]:
+    """Means of heads that guess one token further ahead each, from the same states.
+
+    loss is the sum of decay ** k times the head's own; ctar_k the share of states from which the heads up to the k-th
+    all agree with the target; expected_tokens_per_step is 1 + the sum of these: what a chain of their guesses would
+    bring.
+    """
+    result: dict[str, float] = {"loss": 0.0}
+    agrees, counted = torch.ones_like(heads[0].agrees), torch.ones_like(heads[0].mask)
+    for number, head in enumerate(heads, start=1):
+        agrees, counted = agrees & head.agrees, counted & head.mask
+        result["loss"] += decay**number * _mean(head.loss, head.mask)
+        result |= {
+            f"top1_{number}": _mean(head.agrees, head.mask),
+            f"top3_{number}": _mean(head.in_top3, head.mask),
+            f"expected_acceptance_{number}": _mean(head.overlap, head.mask),
+            f"ctar_{number}": _mean(agrees, counted),
+        }
+    rates = [result[f"ctar_{number}"] for number in range(1, len(heads) + 1)]
+    return result | {"expected_tokens_per_step": 1 + sum(rates)}
+
+
 def _mean(values: Tensor, counted: Tensor) -> float:
     return float(values[counted].double().mean()) if bool(counted.any()) else 0.0

@@ -15,16 +15,14 @@ PRECISIONS = ("auto", "float32", "bfloat16")
 
 
 @dataclass(frozen=True)
-class AdapterPlan:
-    """Everything that decides what an adapter becomes, besides the target and the data.
+class TrainingPlan:
+    """What decides the outcome of any training, besides the target and the data.
 
-    learning_rate is the peak: linear warm-up, then a cosine down to zero. initialization says where the norms
-    start: at the target's own or at ones. precision is what matrices multiply in while training, dtype what
-    the weights are saved in. Raises SettingsError for values outside their range.
+    learning_rate is the peak: linear warm-up, then a cosine down to zero. precision is what matrices multiply in while
+    training, dtype what the weights are saved in. Raises SettingsError for values outside their range.
     """
 
     model: str = ""
-    exit_layer: int = 2
     num_steps: int = 1000
     batch_size: int = 16
     sequence_length: int = 512
@@ -34,7 +32,6 @@ class AdapterPlan:
     seed: int = 0
     evaluate_every: int = 100
     checkpoint_every: int = 100
-    initialization: str = "target"
     precision: str = "float32"
     dtype: str = "float32"
 
@@ -47,10 +44,8 @@ class AdapterPlan:
                 raise SettingsError(f"{name} must be at least {minimum}, got {value}")
         if not (math.isfinite(self.learning_rate) and self.learning_rate > 0):
             raise SettingsError(f"learning_rate must be above 0, got {self.learning_rate}")
-        allowed = {"initialization": INITIALIZATIONS, "precision": PRECISIONS[1:], "dtype": tuple(DTYPES)}
-        for name, options in allowed.items():
-            if getattr(self, name) not in options:
-                raise SettingsError(f"{name} must be one of {', '.join(options)}, got {getattr(self, name)}")
+        _check_choice("precision", self.precision, allowed=PRECISIONS[1:])
+        _check_choice("dtype", self.dtype, allowed=tuple(DTYPES))
 
     def learning_rate_at(self, step: int) -> float:
         """The rate of a step, counted from 0."""
@@ -60,10 +55,42 @@ class AdapterPlan:
         return self.learning_rate * 0.5 * (1 + math.cos(math.pi * progress))
 
 
+@dataclass(frozen=True)
+class AdapterPlan(TrainingPlan):
+    """How an adapter is trained; initialization says where its norms start: at the target's own or at ones."""
+
+    exit_layer: int = 2
+    initialization: str = "target"
+
+    def __post_init__(self) -> None:
+        super().__post_init__()
+        _check_choice("initialization", self.initialization, allowed=INITIALIZATIONS)
+
+
+@dataclass(frozen=True)
+class MedusaPlan(TrainingPlan):
+    """How Medusa heads are trained; the loss of head k, from 1, counts head_decay ** k."""
+
+    num_heads: int = 4
+    head_decay: float = 0.8
+
+    def __post_init__(self) -> None:
+        super().__post_init__()
+        if not 1 <= self.num_heads < self.sequence_length:
+            raise SettingsError(f"num_heads must be in 1..{self.sequence_length - 1} (below sequence_length), "
+                                f"got {self.num_heads}")  # fmt: skip
+        if not 0 < self.head_decay <= 1:
+            raise SettingsError(f"head_decay must be in (0, 1], got {self.head_decay}")
+
+
+def _check_choice(name: str, value: str, *, allowed: tuple[str, ...]) -> None:
+    if value not in allowed:
+        raise SettingsError(f"{name} must be one of {', '.join(allowed)}, got {value}")
+
+
 def resolve_precision(choice: str, device: torch.device) -> str:
     """What "auto" means on a device: bfloat16 where its matrix products are native, else float32."""
-    if choice not in PRECISIONS:
-        raise SettingsError(f"precision must be one of {', '.join(PRECISIONS)}, got {choice}")
+    _check_choice("precision", choice, allowed=PRECISIONS)
     if choice != "auto":
         return choice
     if device.type == "cuda":

@@ -9,6 +9,7 @@ import torch
 
 from kangaroo.cli import main
 from kangaroo.drafters.adapter import Adapter
+from kangaroo.drafters.medusa_heads import MedusaHeads
 from kangaroo.model.weights import save_checkpoint
 from tests.tiny import save_tiny_tokenizer, tiny_raw_config, tiny_transformer
 from tests.tiny import tiny_config as make_config
@@ -38,13 +39,16 @@ def build_model(folder: Path, *, seed: int = 0, adapter_seed: int | None = None,
 
 @pytest.fixture(scope="session")
 def model_folder(tmp_path_factory: pytest.TempPathFactory) -> Path:
-    """A tiny model with its adapter; read only."""
-    return build_model(tmp_path_factory.mktemp("model"), adapter_seed=0)
+    """A tiny model with its adapter and Medusa heads; read only."""
+    folder = build_model(tmp_path_factory.mktemp("model"), adapter_seed=0)
+    (folder / "medusa").mkdir()
+    MedusaHeads.initialize(tiny_transformer(make_config()), 2).save(folder / "medusa")
+    return folder
 
 
 @pytest.fixture(scope="session")
 def bare_folder(tmp_path_factory: pytest.TempPathFactory) -> Path:
-    """The same model without an adapter; read only."""
+    """The same model alone; read only."""
     return build_model(tmp_path_factory.mktemp("bare"))
 
 

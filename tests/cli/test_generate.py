@@ -22,7 +22,7 @@ FIELDS = ["text", "token_ids", "num_prompt_tokens", "num_new_tokens", "finish_re
 SHORT = ("--prompt", "hello", "--max-new-tokens", 24)
 
 
-@pytest.mark.parametrize("drafter", ["plain", "kangaroo"])
+@pytest.mark.parametrize("drafter", ["plain", "kangaroo", "medusa"])
 def test_json_is_one_consistent_object(run: Run, model_folder: Path, drafter: str) -> None:
     ran = run("generate", "--model", model_folder, *SHORT, "--drafter", drafter, "--ignore-eos", "--json")
     assert (ran.status, ran.err) == (0, "")
@@ -193,7 +193,10 @@ def test_chat_template(run: Run, make_model: MakeModel) -> None:
         (["--prompt", "a", "--system", "b"], "--chat"),
         (["--prompt", "a", "--prompt-file", "b"], "give only one"),
         ([], "--prompt-file"),
-        (["--prompt", "a", "--drafter", "medusa"], "plain"),
+        (["--prompt", "a", "--drafter", "llama"], "plain"),
+        (["--prompt", "a", "--drafter", "plain", "--heads", "x"], "--heads"),
+        (["--prompt", "a", "--drafter", "medusa", "--gamma", 3], "--gamma"),
+        (["--prompt", "a", "--heads", "x", "--gamma", 3], "--heads"),
         (["--prompt", "a", "--dtype", "int8"], "bfloat16"),
         (["--prompt", "a", "--gamma", "many"], "--gamma"),
         (["--prompt", "a", "--drafter", "plain", "--num-siblings", 2], "--num-siblings"),
@@ -302,3 +305,22 @@ def test_damaged_adapter(run: Run, model_folder: Path, tmp_path: Path) -> None:
     check_refused(run, argv, "is damaged")
     (adapter / "config.json").write_text("{}", encoding="utf-8")
     check_refused(run, argv, "is no adapter config")
+
+
+def test_medusa_heads_come_from_a_flag_or_from_beside_the_model(
+    run: Run, model_folder: Path, bare_folder: Path
+) -> None:
+    argv = ("generate", *SHORT, "--json", "--model")
+    plain = json.loads(run(*argv, bare_folder).out)
+    given = json.loads(run(*argv, bare_folder, "--heads", model_folder / "medusa").out)
+    beside = json.loads(run(*argv, model_folder, "--drafter", "medusa").out)
+    assert given["drafter"] == beside["drafter"] == "medusa"
+    assert given["token_ids"] == beside["token_ids"] == plain["token_ids"]
+    assert given["num_drafted"] == beside["num_drafted"] > 0
+
+
+def test_medusa_heads_of_another_model_or_none(run: Run, make_model: MakeModel, model_folder: Path) -> None:
+    other = make_model(seed=5)
+    argv = ["--model", other, "--prompt", "a"]
+    check_refused(run, [*argv, "--heads", model_folder / "medusa"], "is for another model of the same shape")
+    check_refused(run, [*argv, "--drafter", "medusa"], f"no folder of Medusa heads {other / 'medusa'}")

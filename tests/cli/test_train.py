@@ -1,4 +1,4 @@
-"""`kangaroo train adapter` from the outside: one JSON report, an adapter on disk, clear refusals."""
+"""`kangaroo train` from the outside: one JSON report, what was trained on disk, clear refusals."""
 
 import json
 from pathlib import Path
@@ -115,3 +115,45 @@ def test_a_missing_data_file_is_named(train):
 def test_empty_data_is_refused(train, data):
     data.write_text("\n")
     assert "data.txt holds no text to learn from" in refusal(train())
+
+
+@pytest.fixture
+def train_medusa(run, bare_folder, data, tmp_path):
+    """Run `kangaroo train medusa` briefly with these further flags; a repeated flag's last value counts."""
+    basics = ("--model", bare_folder, "--data", data, "--output", tmp_path / "out", *STEPS, "--num-heads", 2)
+    return lambda *argv: run("train", "medusa", *basics, *argv)
+
+
+def test_medusa_heads_are_trained_reported_and_drafted_with(train_medusa, run, bare_folder, tmp_path):
+    ran = train_medusa("--json")
+    assert ran.status == 0
+    assert json.loads(ran.out) == json.loads((tmp_path / "out/report.json").read_text())
+    assert "step 4: held out: loss" in ran.err
+    generated = run("generate", "--model", bare_folder, "--prompt", "hop", "--heads", tmp_path / "out", "--json")
+    assert json.loads(generated.out)["num_drafted"] > 0
+
+
+def test_every_flag_of_medusa_reaches_the_plan(train_medusa, bare_folder):
+    flags = {"num-heads": 3, "head-decay": 0.5, "learning-rate": 0.01, "warmup-steps": 1, "weight-decay": 0.5,
+             "seed": 7, "checkpoint-every": 2, "precision": "float32", "dtype": "bfloat16"}  # fmt: skip
+    argv = (word for name, value in flags.items() for word in (f"--{name}", value))
+    expected = {name.replace("-", "_"): value for name, value in flags.items()}
+    steps = {"num_steps": 4, "batch_size": 2, "sequence_length": 16, "evaluate_every": 2}
+    assert json.loads(train_medusa("--json", *argv).out)["plan"] == expected | steps | {"model": str(bare_folder)}
+
+
+def test_medusa_prints_a_summary_and_resumes(train_medusa):
+    assert "CTAR@2" in train_medusa().out
+    assert "continue with --resume" in refusal(train_medusa())
+    assert train_medusa("--resume").status == 0
+
+
+@pytest.mark.parametrize(
+    ("flag", "value", "reason"),
+    [("--num-heads", 0, "num_heads must be in 1..15 (below sequence_length), got 0"),
+     ("--head-decay", 1.5, "head_decay must be in (0, 1], got 1.5"),
+     ("--sequence-length", 257, "sequence_length must be at most 256, the model's context, got 257")],
+)  # fmt: skip
+def test_what_medusa_cannot_do_is_refused_before_any_data_is_read(flag, value, reason, train_medusa, monkeypatch):
+    monkeypatch.setattr(data_module, "read_corpus", lambda *_, **__: pytest.fail("the data was read"))
+    assert reason in refusal(train_medusa(flag, value))

@@ -9,14 +9,8 @@ import pytest
 import torch
 from torch import Tensor
 
-from kangaroo.drafters.adapter import (
-    CONFIG_FILE,
-    WEIGHTS_FILE,
-    Adapter,
-    attention_config,
-    fingerprint,
-    tensor_shapes,
-)
+from kangaroo.drafters.adapter import WEIGHTS_FILE, Adapter, attention_config, tensor_shapes
+from kangaroo.drafters.companion import CONFIG_FILE, fingerprint
 from kangaroo.errors import AdapterError
 from kangaroo.model.cache import CachedPass, KVCache, Segment
 from kangaroo.model.transformer import FullSequencePass, Transformer

@@ -8,9 +8,10 @@ import pytest
 
 from kangaroo.model.tokenizer import Tokenizer
 from kangaroo.model.transformer import Transformer
-from kangaroo.train.adapter import Progress, train_adapter
+from kangaroo.train.adapter import train_adapter
 from kangaroo.train.data import Corpus, Dataset, plain_document
 from kangaroo.train.plan import AdapterPlan
+from kangaroo.train.run import Progress
 from tests.tiny import tiny_config, tiny_tokenizer, tiny_transformer
 
 CHAT = (

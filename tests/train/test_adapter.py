@@ -9,7 +9,7 @@ from torch.testing import assert_close
 
 from kangaroo.drafters.adapter import Adapter
 from kangaroo.errors import AdapterError, DataError, SettingsError
-from kangaroo.train import adapter as module
+from kangaroo.train import run as run_module
 from kangaroo.train.adapter import AdapterRun, draft_cost
 from kangaroo.train.metrics import Positions
 from kangaroo.train.plan import AdapterPlan, resolve_precision
@@ -61,7 +61,7 @@ def test_text_after_the_last_masked_token_does_not_change_what_is_learned(target
 def test_learning_in_chunks_of_rows_equals_learning_at_once(target, dataset, plan, monkeypatch):
     tokens, mask = dataset.batch(4, seed=0, step=0)
     whole = gradients(target, dataset, plan, tokens, mask)
-    monkeypatch.setattr(module, "LOGITS_PER_CHUNK", 258 * 5)
+    monkeypatch.setattr(run_module, "LOGITS_PER_CHUNK", 258 * 5)
     for name, tensor in gradients(target, dataset, plan, tokens, mask).items():
         # Adam's first step is the sign of the gradient, so only entries with a gradient near zero may differ.
         assert (tensor - whole[name]).abs().gt(1e-6).float().mean() < 0.01, name
