@@ -113,4 +113,4 @@ def is_chain(parents: SequenceOf[int]) -> bool:
 
 def draft_roots(batch: Batch) -> Draft:
     """The draft that guesses nothing."""
-    return Draft([sequence.tokens[-1:] for sequence in batch.sequences], [(-1,)] * len(batch.sequences))
+    return Draft([sequence.tokens[-1:] for sequence in batch.sequences], [[-1]] * len(batch.sequences))

@@ -154,8 +154,8 @@ def test_every_family_drafts_losslessly(family: str) -> None:
 def test_guesses_that_may_be_rejected_by_chance_say_what_they_were_drawn_from(acceptance: Any) -> None:
     params = SamplingParams(max_new_tokens=12, temperature=0.9, seed=3, acceptance=acceptance)
     for draft in record(make_heads(), params, branching=TREE):
-        assert draft.parents[0] == tuple(range(-1, draft.num_nodes[0] - 1))
-        for node, token in enumerate(draft.tokens[0, 1:].tolist()):
+        assert draft.parents[0] == list(range(-1, draft.num_nodes[0] - 1))
+        for node, token in enumerate(draft.tokens[0][1:]):
             assert draft.proposals is not None
             assert draft.proposals[0][node].sum() == pytest.approx(1)
             assert draft.proposals[0][node][token] > 0
@@ -171,7 +171,7 @@ def test_a_text_of_rejection_does_not_depend_on_the_texts_beside_it() -> None:
 def test_new_heads_guess_what_chose_the_root_so_they_read_that_very_state() -> None:
     drafts = record(MedusaHeads.initialize(make_target(), 3), PARAMS["greedy"], batch_size=3)
     for draft in drafts:
-        for guessed in draft.tokens.tolist():
+        for guessed in draft.tokens:
             assert [token for token in guessed if token >= 0] == [guessed[0]] * sum(token >= 0 for token in guessed)
 
 
@@ -193,7 +193,7 @@ def test_heads_read_the_state_of_the_last_accepted_node_of_a_tree() -> None:
 
 def test_each_level_of_a_tree_holds_the_guesses_of_its_own_head() -> None:
     (draft, *_) = record(telling_heads(10, 20, 30), PARAMS["greedy"], branching=Branching(2, 64))
-    tokens, parents = draft.tokens[0].tolist(), draft.parents[0]
+    tokens, parents = draft.tokens[0], draft.parents[0]
     assert sorted(tokens[1:]) == sorted([10, 11] + 2 * [20, 21] + 4 * [30, 31])
     for node in range(1, len(tokens)):
         above = tokens[parents[node]] if parents[node] else None
@@ -204,9 +204,9 @@ def test_a_low_confidence_ends_the_draft_behind_its_token() -> None:
     heads = telling_heads(10, 20, 30)
     heads.tensors["head.2"] = heads.tensors["head.2"] * 0.1
     (draft, *_) = record(heads, PARAMS["greedy"], stopping=ConfidenceThreshold(3, 0.3))
-    assert draft.tokens[0, 1:].tolist() == [10, 20]
+    assert draft.tokens[0][1:] == [10, 20]
     assert draft.confidence is not None
-    assert draft.confidence[0, 1] > 0.3 > draft.confidence[0, 2]
+    assert draft.confidence[0][1] > 0.3 > draft.confidence[0][2]
 
 
 def test_no_draft_goes_deeper_than_what_may_still_be_emitted() -> None:
