@@ -21,6 +21,10 @@ class HeadsError(KangarooError):
     """Medusa heads are missing, damaged, or belong to another model."""
 
 
+class SkipLayersError(KangarooError):
+    """A list of sublayers to skip is missing, damaged, or names what the model has not."""
+
+
 class SettingsError(KangarooError, ValueError):
     """A parameter is outside its allowed range."""
 

@@ -31,6 +31,7 @@ def test_bundle_is_small_and_carries_its_card() -> None:
     assert {"README.md", "config.json", "model.safetensors", "tokenizer.json", "generation_config.json"} <= names
     assert {"adapter/config.json", "adapter/adapter.safetensors", "adapter/report.json"} <= names
     assert {"medusa/config.json", "medusa/heads.safetensors", "medusa/report.json"} <= names
+    assert "skip_layers.json" in names
     assert sum(path.stat().st_size for path in files) < 60e6
 
 
@@ -58,10 +59,13 @@ def test_kangaroo_is_plain_decoding_to_the_bit_in_every_storage(storage: str, et
     assert min(accepted[kind] for kind in ("none", "part", "all")) > 0
 
 
-@pytest.mark.parametrize("drafter", ["kangaroo", "medusa"])
+@pytest.mark.parametrize("temperature", [0.0, 0.8])
+@pytest.mark.parametrize("drafter", ["kangaroo", "layer_skip", "medusa", "prompt_lookup", "auto"])
 @pytest.mark.parametrize("prompt", PROMPTS)
-def test_each_drafter_draws_the_text_plain_decoding_draws(model: LoadedModel, prompt: str, drafter: str) -> None:
-    params = SamplingParams(max_new_tokens=64, temperature=0.8, seed=11)
+def test_drafters_draw_the_text_plain_decoding_draws(
+    model: LoadedModel, prompt: str, drafter: str, temperature: float
+) -> None:
+    params = SamplingParams(max_new_tokens=64, temperature=temperature, seed=11)
     plain, drafted = (LLM(model, build_drafter(model, name)).generate(prompt, params) for name in ("plain", drafter))
     assert drafted.num_accepted > 0
     assert plain.token_ids == drafted.token_ids

@@ -20,6 +20,7 @@ from kangaroo.cli.datastore import datastore_app
 from kangaroo.cli.demo import demo_app
 from kangaroo.cli.env import env_app
 from kangaroo.cli.generate import generate_app
+from kangaroo.cli.search import search_app
 from kangaroo.cli.train import train_app
 from kangaroo.errors import KangarooError
 
@@ -41,6 +42,7 @@ for verb in (demo_app, generate_app, check_app, env_app):
     app.add_typer(verb)
 app.add_typer(train_app, name="train", cls=Verbs)
 app.add_typer(datastore_app, name="datastore", cls=Verbs)
+app.add_typer(search_app, name="search", cls=Verbs)
 
 
 def _remember_debug(ctx: typer.Context, value: bool) -> None:

@@ -11,7 +11,7 @@ if TYPE_CHECKING:
     from kangaroo.types import Completion, Token
 
 Dtype = Literal["float32", "bfloat16", "float16"]
-DrafterName = Literal["plain", "kangaroo", "medusa", "prompt_lookup", "draft_model", "retrieval", "auto"]
+DrafterName = Literal["plain", "kangaroo", "layer_skip", "medusa", "prompt_lookup", "draft_model", "retrieval", "auto"]
 ModelOption = typer.Option(help="Model folder, hub id like org/name, or 'demo' for the bundled model.")
 Weights = Literal["int8"]
 WeightsOption = typer.Option(

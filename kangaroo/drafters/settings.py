@@ -137,11 +137,35 @@ class GateSettings:
     threshold: float
 
 
+@dataclass(frozen=True)
+class LayerSkipSettings:
+    """How Draft & Verify drafts.
+
+    skip_layers: a skip list, None for "skip_layers.json" beside the model. eta: the confidence to go on with, 0 for
+    drafts of gamma tokens, None for a threshold that starts at initial_threshold and follows the acceptance rate by
+    the other settings (stopping.AdaptiveThreshold). num_siblings: guesses for the token behind one node, 1 for
+    chains; max_nodes: nodes of a draft, its root included.
+    """
+
+    name: ClassVar[str] = "layer_skip"
+    skip_layers: str | None = None
+    gamma: int = 8
+    eta: float | None = None
+    alpha: float = 0.9
+    beta1: float = 0.5
+    beta2: float = 0.9
+    epsilon: float = 0.01
+    initial_threshold: float = 0.8
+    num_siblings: int = 1
+    max_nodes: int = 64
+
+
 SETTINGS: dict[str, type[Settings]] = {
     one.name: one
     for one in (
         PlainSettings,
         KangarooSettings,
+        LayerSkipSettings,
         MedusaSettings,
         PromptLookupSettings,
         DraftModelSettings,

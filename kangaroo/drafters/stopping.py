@@ -59,6 +59,45 @@ class ConfidenceThreshold:
         """Nothing to learn."""
 
 
+@dataclass(eq=False)
+class AdaptiveThreshold:
+    """Stop below a threshold that follows the acceptance rate (Draft & Verify, arXiv 2309.08168).
+
+    Its section "Adaptive Draft-Exiting Mechanism", after each verification, which accepted the share AR_e of a draft:
+    AR <- beta1 * AR + (1 - beta1) * AR_e; the threshold is to go up by epsilon if AR <= alpha, else down by epsilon,
+    and goes 1 - beta2 of that way. AR starts at 0 and the defaults are those of the paper's repository, which, unlike
+    the rule, also holds the threshold where a draft of max_length was accepted well.
+    The threshold is kept within [0, 1]: beyond, it would mean the same and take long to return.
+    One object may serve all sequences of a drafter, which then learn together.
+    """
+
+    max_length: int
+    alpha: float = 0.9
+    beta1: float = 0.5
+    beta2: float = 0.9
+    epsilon: float = 0.01
+    initial_threshold: float = 0.8
+
+    def __post_init__(self) -> None:
+        _check_length(self.max_length)
+        for name in ("alpha", "beta1", "beta2", "epsilon", "initial_threshold"):
+            if not 0 <= getattr(self, name) <= 1:
+                raise SettingsError(f"{name} must be in [0, 1], got {getattr(self, name)}")
+        self.acceptance_rate, self._threshold = 0.0, self.initial_threshold
+
+    @property
+    def threshold(self) -> float:
+        """The threshold now."""
+        return self._threshold
+
+    def observe(self, num_drafted: int, num_accepted: int) -> None:
+        """Update the acceptance rate, then the threshold; num_drafted is at least 1."""
+        self.acceptance_rate = self.beta1 * self.acceptance_rate + (1 - self.beta1) * num_accepted / num_drafted
+        step = self.epsilon if self.acceptance_rate <= self.alpha else -self.epsilon
+        moved = self.beta2 * self._threshold + (1 - self.beta2) * (self._threshold + step)
+        self._threshold = min(max(moved, 0.0), 1.0)
+
+
 def _check_length(gamma: int) -> None:
     if gamma < 1:
         raise SettingsError(f"gamma must be at least 1, got {gamma}")

@@ -38,6 +38,7 @@ class Stack:
         hidden_out: tuple[int, int],
         tables: tuple[int, int, int],
         taps: Sequence[tuple[int, int]],
+        skips: Sequence[int],
     ) -> None: ...
 
 def run_head(

@@ -18,6 +18,8 @@ Cache = _native.Cache
 # (sequence, slot of the first node, first node to run, number of rows, parents of all nodes or None for a chain)
 Segment = tuple[int, int, int, int, Sequence[int] | None]
 
+# What a pass may leave out of a layer, to be added up.
+SKIP_ATTENTION, SKIP_MLP = 1, 2
 NORMS = ("input_norm", "query_norm", "key_norm", "post_attention_norm", "mlp_norm", "post_mlp_norm")
 
 
@@ -113,12 +115,14 @@ class Stack:
         given = [norms[name].detach().float().contiguous() if name in norms else None for name in NORMS]
         self._stack.add_layer(list(weights), given, window or 0)
 
-    def run(self, hidden: Tensor, span: tuple[int, int], *, cache: Cache, segments: Sequence[Segment],
-            tables: Tensor, taps: Sequence[int] = ()) -> tuple[Tensor, dict[int, Tensor]]:  # fmt: skip
+    def run(self, hidden: Tensor, span: tuple[int, int], *, cached: tuple[Cache, Tensor], segments: Sequence[Segment],
+            taps: Sequence[int] = (), skips: Sequence[int] = ()) -> tuple[Tensor, dict[int, Tensor]]:  # fmt: skip
         """Run layers [i, j) over the states [R, D] that enter layer i; returns those that leave layer j - 1.
 
-        tables: [2, S, 1, E] cosine and sine. Returns also, for each tap in i..j, the states that enter it.
+        cached: the cache, and cosine and sine [2, S, 1, E]. skips: for every layer of the stack, SKIP_ATTENTION and
+        SKIP_MLP of what is left out. Returns also, for each tap in i..j, the states that enter it.
         """
+        cache, tables = cached
         shape = (sum(segment[3] for segment in segments), self._hidden_size)
         entering = _address(hidden, shape)
         out = torch.empty(shape)
@@ -131,6 +135,7 @@ class Stack:
             (entering, out.data_ptr()),
             self._tables(tables),
             [(tap, buffer.data_ptr()) for tap, buffer in inner.items()],
+            skips,
         )
         if start in taps:
             inner[start] = hidden

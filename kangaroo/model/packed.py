@@ -12,6 +12,7 @@ from torch import Tensor
 from kangaroo.kernels import NATIVE, cpu
 from kangaroo.model.cache import CachedPass, KVCache, Segment
 from kangaroo.model.config import ModelConfig
+from kangaroo.model.skips import NO_SKIPS, SkippedSublayers
 from kangaroo.model.transformer import AttentionPass, Layer, Rotary, Transformer
 
 CPU = torch.device("cpu")
@@ -64,19 +65,18 @@ class PackedStack:
         ]
         self._stack.add_layer(weights, tensors, window=window)
 
-    def run(
-        self, hidden: Tensor, span: tuple[int, int], *, attention: AttentionPass, taps: Sequence[int] = ()
-    ) -> tuple[Tensor, dict[int, Tensor]]:
+    def run(self, hidden: Tensor, span: tuple[int, int], *, attention: AttentionPass, taps: Sequence[int] = (),
+            skips: SkippedSublayers = NO_SKIPS) -> tuple[Tensor, dict[int, Tensor]]:  # fmt: skip
         """Run layers [i, j) over states [R, D]; returns what leaves them, and the tapped states."""
         assert isinstance(attention, CachedPass), "packed weights decode from a cache; train on the reference kernels"
         assert isinstance(attention.cache, PackedCache), "the cache of another backend"
         return self._stack.run(
             hidden,
             span,
-            cache=attention.cache.storage,
+            cached=(attention.cache.storage, self._rotary.tables(attention.num_positions)),
             segments=[describe(segment) for segment in attention.segments],
-            tables=self._rotary.tables(attention.num_positions),
             taps=taps,
+            skips=[] if skips is NO_SKIPS else _describe_skips(skips, self._config.num_layers),
         )
 
     def place(self, cache: KVCache, num_positions: int) -> cpu.Place:
@@ -135,11 +135,10 @@ class PackedTransformer(Transformer):
         hidden = cpu.gather(self._embedding, tokens if isinstance(tokens, list) else tokens.tolist())
         return hidden if self.config.embedding_scale == 1.0 else hidden * self.config.embedding_scale
 
-    def forward(
-        self, hidden: Tensor, span: tuple[int, int], *, attention: AttentionPass, taps: Sequence[int] = ()
-    ) -> tuple[Tensor, dict[int, Tensor]]:
+    def forward(self, hidden: Tensor, span: tuple[int, int], *, attention: AttentionPass, taps: Sequence[int] = (),
+                skips: SkippedSublayers = NO_SKIPS) -> tuple[Tensor, dict[int, Tensor]]:  # fmt: skip
         """Run layers [i, j) of span over hidden states [R, D] that enter layer i; as Transformer.forward."""
-        return self._stack.run(hidden, span, attention=attention, taps=taps)
+        return self._stack.run(hidden, span, attention=attention, taps=taps, skips=skips)
 
     def logits(self, hidden: Tensor, norm: Tensor | None = None) -> Tensor:
         """Next-token logits [R, V] of hidden states [R, D] under a norm [D], the final one unless given."""
@@ -182,3 +181,11 @@ def pack(model: Transformer, storage: str = "float32") -> PackedTransformer:
 def describe(segment: Segment) -> cpu.Segment:
     """A segment as the native kernels take it."""
     return segment.sequence, segment.base, segment.first_node, segment.num_rows, segment.parents
+
+
+def _describe_skips(skips: SkippedSublayers, num_layers: int) -> list[int]:
+    """What is left out of every layer, as the native kernels take it."""
+    return [
+        cpu.SKIP_ATTENTION * (layer in skips.attention) + cpu.SKIP_MLP * (layer in skips.mlp)
+        for layer in range(num_layers)
+    ]

@@ -16,6 +16,7 @@ from kangaroo.errors import KernelError
 from kangaroo.kernels import REFERENCE, reference
 from kangaroo.model.cache import KVCache, causal_mask
 from kangaroo.model.config import ModelConfig, RopeSettings
+from kangaroo.model.skips import NO_SKIPS, SkippedSublayers
 
 
 class AttentionPass(Protocol):
@@ -156,11 +157,11 @@ class Transformer:
         hidden = torch.nn.functional.embedding(tokens, self.embedding)
         return hidden if self.config.embedding_scale == 1.0 else hidden * self.config.embedding_scale
 
-    def forward(
-        self, hidden: Tensor, span: tuple[int, int], *, attention: AttentionPass, taps: Sequence[int] = ()
-    ) -> tuple[Tensor, dict[int, Tensor]]:
+    def forward(self, hidden: Tensor, span: tuple[int, int], *, attention: AttentionPass, taps: Sequence[int] = (),
+                skips: SkippedSublayers = NO_SKIPS) -> tuple[Tensor, dict[int, Tensor]]:  # fmt: skip
         """Run layers [i, j) of span over hidden states [..., D] that enter layer i.
 
+        What is in skips is left out: states pass it unchanged, and a skipped attention writes no keys and values.
         Returns the states that leave layer j - 1, and for each tap in i..j those that enter layer tap.
         """
         start, stop = span
@@ -169,8 +170,10 @@ class Transformer:
         for layer_id in range(start, stop):
             if layer_id in taps:
                 tapped[layer_id] = hidden
-            hidden = self._attend(layer_id, hidden, attention=attention, cosine=cosine, sine=sine)
-            hidden = self._transform(layer_id, hidden)
+            if layer_id not in skips.attention:
+                hidden = self._attend(layer_id, hidden, attention=attention, cosine=cosine, sine=sine)
+            if layer_id not in skips.mlp:
+                hidden = self._transform(layer_id, hidden)
         if stop in taps:
             tapped[stop] = hidden
         return hidden, tapped

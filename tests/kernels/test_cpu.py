@@ -1,5 +1,6 @@
 """The native kernels: a row's value depends on the row alone, and agrees with the reference."""
 
+import itertools
 from collections.abc import Callable
 from typing import Any
 
@@ -267,7 +268,8 @@ class SmallStack:
 
     def run(self, hidden: torch.Tensor, cache: Any, *segments: Any, **options: Any) -> torch.Tensor:
         arguments = {"span": (0, self.num_layers), "tables": self.tables} | options
-        return self.stack.run(hidden, arguments.pop("span"), cache=cache, segments=segments, **arguments)[0]
+        cached = (cache, arguments.pop("tables"))
+        return self.stack.run(hidden, arguments.pop("span"), cached=cached, segments=segments, **arguments)[0]
 
 
 def one_by_one(small: SmallStack, hidden: torch.Tensor) -> torch.Tensor:
@@ -329,23 +331,63 @@ def test_bad_rows_leave_other_sequences_branches_and_later_passes_alone(bad: flo
 
 def test_stack_reports_the_states_that_enter_each_tapped_layer() -> None:
     small, hidden = SmallStack(num_layers=4), noise(5, 20)
-    call = {"segments": [(0, 0, 0, 5, None)], "tables": small.tables}
-    out, taps = small.stack.run(hidden, (0, 4), cache=small.cache(), taps=(0, 1, 3, 4, 9), **call)
+    call = {"segments": [(0, 0, 0, 5, None)], "cached": (small.cache(), small.tables)}
+    out, taps = small.stack.run(hidden, (0, 4), taps=(0, 1, 3, 4, 9), **call)
     assert sorted(taps) == [0, 1, 3, 4]
     assert torch.equal(taps[0], hidden)
     assert torch.equal(taps[4], out)
-    cache = small.cache()
     for layer in (1, 3):
         start = 0 if layer == 1 else 1
         entering = hidden if layer == 1 else taps[1]
-        assert torch.equal(small.stack.run(entering, (start, layer), cache=cache, **call)[0], taps[layer])
+        assert torch.equal(small.stack.run(entering, (start, layer), **call)[0], taps[layer])
 
 
-def test_states_that_enter_are_left_as_they_are() -> None:
+@pytest.mark.parametrize("skips", [[], [3, 0, 3], [3, 3, 3]])
+def test_states_that_enter_are_left_as_they_are(skips: list[int]) -> None:
     small, hidden = SmallStack(num_layers=3), noise(5, 20)
     before = hidden.clone()
-    small.run(hidden, small.cache(), (0, 0, 0, 5, None))
+    small.run(hidden, small.cache(), (0, 0, 0, 5, None), skips=skips)
     assert torch.equal(hidden, before)
+
+
+@pytest.mark.parametrize("skips", list(itertools.product([0, 1, 2, 3], repeat=2)))
+def test_a_stack_without_some_sublayers_gives_a_row_the_same_whatever_runs_beside_it(skips: tuple[int, int]) -> None:
+    # More rows than a thread norms for itself, so that they share a buffer.
+    small, hidden = SmallStack(), noise(40, 20)
+    cache = small.cache(num_slots=48)
+    plain = torch.cat([small.run(hidden[t : t + 1], cache, (0, t, 0, 1, None), skips=skips) for t in range(40)])
+    for num_threads in (1, 2, 3):
+        with threads(num_threads):
+            cache = small.cache(num_slots=48)
+            assert torch.equal(small.run(hidden, cache, (0, 0, 0, 40, None), skips=skips), plain)
+            assert torch.equal(small.run(hidden[30:], cache, (0, 30, 0, 10, None), skips=skips), plain[30:])
+
+
+def test_states_pass_a_layer_that_is_skipped_whole_and_are_tapped_behind_it() -> None:
+    small, hidden = SmallStack(num_layers=3), noise(5, 20)
+    call = {"segments": [(0, 0, 0, 5, None)], "cached": (small.cache(), small.tables)}
+    out, taps = small.stack.run(hidden, (0, 3), taps=(1, 2, 3), skips=[3, 0, 3], **call)
+    assert torch.equal(taps[1], hidden)
+    assert torch.equal(taps[2], small.stack.run(hidden, (1, 2), **call)[0])
+    assert torch.equal(out, taps[2])
+    assert torch.equal(small.stack.run(hidden, (0, 3), skips=[3, 3, 3], **call)[0], hidden)
+
+
+def test_a_skipped_attention_writes_no_keys_and_values() -> None:
+    small, prompt, more = SmallStack(), noise(5, 20), noise(1, 20, seed=1)
+    untouched, cache = small.cache(), small.cache()
+    for one in (untouched, cache):
+        small.run(prompt, one, (0, 0, 0, 5, None))
+    small.run(noise(5, 20, seed=2), cache, (0, 0, 0, 5, None), skips=[1, 3])
+    expected = small.run(more, untouched, (0, 5, 0, 1, None))
+    assert torch.equal(small.run(more, cache, (0, 5, 0, 1, None)), expected)
+    small.run(noise(5, 20, seed=2), cache, (0, 0, 0, 5, None), skips=[2, 1])
+    assert not torch.equal(small.run(more, cache, (0, 5, 0, 1, None)), expected)
+
+
+def test_skips_of_another_number_of_layers_are_refused() -> None:
+    small = SmallStack()
+    refused(lambda: small.run(noise(1, 20), small.cache(), (0, 0, 0, 1, None), skips=[1]), "every layer or none")
 
 
 # Arguments that do not fit

@@ -6,7 +6,7 @@ import subprocess
 import sys
 from collections.abc import Sequence
 from concurrent.futures import ThreadPoolExecutor
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any
 
@@ -20,6 +20,7 @@ from kangaroo.errors import KernelError
 from kangaroo.kernels import cpu
 from kangaroo.model import packed
 from kangaroo.model.cache import CachedPass, KVCache, Segment
+from kangaroo.model.skips import SkippedSublayers
 from kangaroo.model.transformer import Transformer
 from kangaroo.model.weights import assemble, disassemble, load_transformer, save_checkpoint
 from kangaroo.train.adapter import check_plan
@@ -333,6 +334,50 @@ def test_taps_are_the_states_that_enter_a_layer(family: str) -> None:
         leaving, none = model.forward(taps[layer], (layer, layer + 1), attention=CachedPass(cache, attention))
         assert torch.equal(leaving, taps[layer + 1])
         assert none == {}
+
+
+SKIPS = SkippedSublayers(attention=frozenset({0, 2}), mlp=frozenset({1, 2}))
+
+
+@pytest.mark.parametrize("family", FAMILIES)
+def test_rows_that_skip_sublayers_are_the_same_alone_and_beside_others(family: str) -> None:
+    model = packed_of(family)
+    tokens = random_tokens(model, 14)
+
+    def forward(cache: KVCache, first: int, last: int, segment: Segment) -> Tensor:
+        entering = model.embed(torch.tensor(tokens[first:last]))
+        return model.forward(entering, (0, 4), attention=CachedPass(cache, [segment]), skips=SKIPS)[0]
+
+    alone, together = model.new_cache(1, 32), model.new_cache(1, 32)
+    for cache in (alone, together):
+        run(model, cache, tokens[:5], [Segment(0, 0, 5)])
+    expected = torch.cat([forward(alone, at, at + 1, Segment(0, at, 1)) for at in range(5, 14)])
+    for num_threads in (1, 3):
+        with threads(num_threads):
+            assert torch.equal(forward(together, 5, 14, Segment(0, 5, 9)), expected)
+    # The same rows as a branch behind others that they do not see.
+    parents = (-1, 0, 0, -1, 3, 4, 5, 6, 7, 8, 9, 10)
+    assert torch.equal(forward(together, 5, 14, Segment(0, 5, 9, parents, 3)), expected)
+
+
+@pytest.mark.parametrize("family", FAMILIES)
+def test_skipping_leaves_what_zero_weights_would_leave(family: str) -> None:
+    reference = reference_of(family)
+    layers = [replace(layer) for layer in reference.layers]
+    for layer_id, layer in enumerate(layers):
+        for name, skipped in (("output", SKIPS.attention), ("down", SKIPS.mlp)):
+            if layer_id in skipped:
+                setattr(layer, name, torch.zeros_like(getattr(layer, name)))
+    zeroed = Transformer(reference.config, layers, embedding=reference.embedding, final_norm=reference.final_norm,
+                         head=reference.head)  # fmt: skip
+    for model, without in ((packed_of(family), packed.pack(zeroed)), (reference, zeroed)):
+        entering = model.embed(torch.tensor(random_tokens(model, 9)))
+        attention = CachedPass(model.new_cache(1, 9), [Segment(0, 0, 9)])
+        hidden, taps = model.forward(entering, (0, 4), attention=attention, taps=(0, 1, 3, 4), skips=SKIPS)
+        attention = CachedPass(without.new_cache(1, 9), [Segment(0, 0, 9)])
+        expected, other_taps = without.forward(entering, (0, 4), attention=attention, taps=(0, 1, 3, 4))
+        assert torch.equal(hidden, expected)
+        assert all(torch.equal(taps[tap], other_taps[tap]) for tap in (0, 1, 3, 4))
 
 
 # Agreement with the reference

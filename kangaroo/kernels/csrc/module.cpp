@@ -224,11 +224,15 @@ Pass make_pass(const Stack& stack, const Cache& cache, std::pair<size_t, size_t>
   return pass;
 }
 
-// hidden and out: [R, D]; tables: cosine and sine [num_positions, E]; taps: (layer, [R, D]).
+// hidden and out: [R, D]; tables: cosine and sine [num_positions, E]; taps: (layer, [R, D]); skips: of every layer of
+// the stack, or empty.
 void run(const Stack& stack, const Cache& cache, std::pair<size_t, size_t> span,
          const std::vector<SegmentArgument>& segments, std::pair<uintptr_t, uintptr_t> hidden_out,
-         const Tables& tables, const std::vector<std::pair<size_t, uintptr_t>>& taps) {
+         const Tables& tables, const std::vector<std::pair<size_t, uintptr_t>>& taps,
+         const std::vector<uint8_t>& skips) {
+  require(skips.empty() || skips.size() == stack.layers.size(), "skips must be given for every layer or none");
   Pass pass = make_pass(stack, cache, span, tables);
+  pass.skips = skips;
   for (const SegmentArgument& segment : segments) add_rows(pass, segment, std::get<2>(tables));
   pass.num_rows = pass.rows.size();
   require(pass.num_rows > 0, "a pass needs at least one row");
@@ -789,7 +793,8 @@ NB_MODULE(_native, module) {
       .def(nb::init<std::tuple<size_t, size_t, size_t, size_t>, float, float, float, bool>(), "sizes"_a, "norm_eps"_a,
            "attention_scale"_a, "softcap"_a, "gelu"_a)
       .def("add_layer", &Stack::add_layer, "weights"_a, "norms"_a, "window"_a)
-      .def("run", &run, "cache"_a, "span"_a, "segments"_a, "hidden_out"_a, "tables"_a, "taps"_a);
+      .def("run", &run, "cache"_a, "span"_a, "segments"_a, "hidden_out"_a, "tables"_a, "taps"_a,
+           "skips"_a);
   module.def("run_head", &run_head, "weight"_a, "states"_a, "norm"_a, "softcap"_a, "out"_a);
   module.def("draft", &draft, "target"_a, "adapter"_a, "starts"_a, "plan"_a, "pending_states"_a, "embedding_head"_a);
   module.def("linear", &run_linear, "weight"_a, "hidden"_a, "num_rows"_a, "out"_a);

@@ -104,6 +104,9 @@ struct Scratch {
   std::vector<float*> normed, scores;
 };
 
+// What a pass leaves out of a layer: the states go on as they entered it.
+constexpr uint8_t kSkipAttention = 1, kSkipMlp = 2;
+
 // One forward over layers [start, stop). Taps are buffers [R, D] that receive the states entering their layer.
 struct Pass {
   const Shape* shape;
@@ -116,6 +119,7 @@ struct Pass {
   float* out;                  // [R, D]
   const float *cosine, *sine;  // [positions, E]; the first half of sine carries the minus sign
   std::vector<std::pair<size_t, float*>> taps;
+  std::vector<uint8_t> skips;  // [layers], kSkipAttention and kSkipMlp; empty where nothing is left out
   Scratch scratch;
 
   const Segment& segment_of(const Row& row) const { return segments[row.segment]; }

@@ -155,7 +155,7 @@ void attend_all(const Pass& pass, size_t layer_id, const Strides& strides, const
   }
 }
 
-void run_layer(const Pass& pass, size_t layer_id, const float* hidden, Team& team) {
+void run_attention(const Pass& pass, size_t layer_id, const float* hidden, Team& team) {
   const Layer& layer = (*pass.layers)[layer_id];
   const Strides strides(pass);
   const float* normed = norm_rows(pass, hidden, layer.input_norm, team);
@@ -167,25 +167,41 @@ void run_layer(const Pass& pass, size_t layer_id, const float* hidden, Team& tea
   team.meet();
   project_and_add(pass, *layer.output, pass.scratch.attended, strides.attended, hidden, layer.post_attention_norm,
                   team);
-  if (!layer.gate_up) return;
-  normed = norm_rows(pass, pass.out, layer.mlp_norm, team);
+}
+
+void run_mlp(const Pass& pass, size_t layer_id, const float* hidden, Team& team) {
+  const Layer& layer = (*pass.layers)[layer_id];
+  const Strides strides(pass);
+  const float* normed = norm_rows(pass, hidden, layer.mlp_norm, team);
   project_and_gate(pass, *layer.gate_up, normed, strides, team);
   team.meet();
-  project_and_add(pass, *layer.down, pass.scratch.gated, strides.gated, pass.out, layer.post_mlp_norm, team);
+  project_and_add(pass, *layer.down, pass.scratch.gated, strides.gated, hidden, layer.post_mlp_norm, team);
+}
+
+// Every thread copies its share; no thread goes on before all have.
+void copy_states(const Pass& pass, const float* hidden, float* to, Team& team) {
+  const auto [first, last] = team.share(pass.num_rows * pass.shape->hidden_size);
+  std::memcpy(to + first, hidden + first, (last - first) * sizeof(float));
+  team.meet();
 }
 
 void run_span(const Pass& pass, Team& team) {
   const float* hidden = pass.hidden;
   for (size_t layer_id = pass.start; layer_id < pass.stop; ++layer_id) {
-    run_layer(pass, layer_id, hidden, team);
-    hidden = pass.out;
+    const uint8_t skips = pass.skips.empty() ? 0 : pass.skips[layer_id];
+    if (!(skips & kSkipAttention)) {
+      run_attention(pass, layer_id, hidden, team);
+      hidden = pass.out;
+    }
+    if ((*pass.layers)[layer_id].gate_up && !(skips & kSkipMlp)) {
+      run_mlp(pass, layer_id, hidden, team);
+      hidden = pass.out;
+    }
     for (const auto& [tap, buffer] : pass.taps) {
-      if (tap != layer_id + 1) continue;
-      const auto [first, last] = team.share(pass.num_rows * pass.shape->hidden_size);
-      std::memcpy(buffer + first, hidden + first, (last - first) * sizeof(float));
-      team.meet();
+      if (tap == layer_id + 1) copy_states(pass, hidden, buffer, team);
     }
   }
+  if (hidden != pass.out) copy_states(pass, hidden, pass.out, team);
 }
 
 // Keep the largest logit of every lane and where it was; the earlier one wins a tie.

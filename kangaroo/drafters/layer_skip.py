@@ -1,0 +1,130 @@
+"""Draft & Verify: the target drafts without some of its attention and MLP sublayers, and verifies with all of them.
+
+Zhang et al. 2023, arXiv 2309.08168. Drafts run on the target's own cache, behind the committed tokens: what they
+write there is overwritten by the verification, which starts from layer 0.
+Shapes: B sequences, F nodes of the frontiers of their trees, V vocabulary.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Sequence as SequenceOf
+from pathlib import Path
+from typing import TYPE_CHECKING
+
+from torch import Tensor
+
+from kangaroo.drafters.base import Batch, Sequence, draft_roots, place_nodes
+from kangaroo.drafters.growing import Growth, add_level, assemble, draw, plant
+from kangaroo.drafters.settings import LayerSkipSettings
+from kangaroo.drafters.stopping import AdaptiveThreshold, ConfidenceThreshold, FixedLength, StoppingPolicy
+from kangaroo.drafters.tree import CHAIN, Branching, Guesses
+from kangaroo.model.cache import CachedPass
+from kangaroo.model.skips import SKIP_FILE, SkippedSublayers, read_skip_layers
+from kangaroo.model.transformer import Transformer
+from kangaroo.sampling import needs_logits
+from kangaroo.types import Draft, Outcome
+
+if TYPE_CHECKING:
+    from kangaroo.model.checkpoint import LoadedModel
+
+
+def build(model: LoadedModel, settings: LayerSkipSettings) -> LayerSkipDrafter:
+    """The drafter these settings ask for.
+
+    Raises SkipLayersError where the skip list is missing, damaged, or another model's.
+    """
+    path = model.folder / SKIP_FILE if settings.skip_layers is None else Path(settings.skip_layers).expanduser()
+    skips = read_skip_layers(path, (model.name, Path(model.name).name))
+    skips.check(model.target.num_layers, where=str(path))
+    branching = Branching(settings.num_siblings, settings.max_nodes)
+    return LayerSkipDrafter(model.target, skips, stopping=_choose_stopping(settings), branching=branching)
+
+
+def _choose_stopping(settings: LayerSkipSettings) -> StoppingPolicy:
+    if settings.eta is None:
+        return AdaptiveThreshold(
+            settings.gamma,
+            alpha=settings.alpha,
+            beta1=settings.beta1,
+            beta2=settings.beta2,
+            epsilon=settings.epsilon,
+            initial_threshold=settings.initial_threshold,
+        )
+    policy = ConfidenceThreshold(settings.gamma, settings.eta)
+    return FixedLength(settings.gamma) if policy.eta == 0 else policy
+
+
+class LayerSkipDrafter:
+    """Drafts with the target less the sublayers of skips."""
+
+    name = "layer_skip"
+    taps: tuple[int, ...] = ()
+
+    def __init__(
+        self, target: Transformer, skips: SkippedSublayers, *, stopping: StoppingPolicy, branching: Branching = CHAIN
+    ) -> None:
+        """Raises SkipLayersError where skips name a layer that the target has not, or leave nothing to run."""
+        skips.check(target.num_layers, where="skips")
+        self.skips = skips
+        self._target = target
+        self._stopping = stopping
+        self._branching = branching
+        # How deep the last drafts were, until they have been verified.
+        self._depths: dict[Sequence, int] = {}
+
+    def begin(self, sequences: SequenceOf[Sequence], *, num_slots: int) -> None:
+        """Nothing to prepare: the draft has no cache of its own."""
+
+    def draft(self, batch: Batch) -> Draft:
+        """Draft level by level until the stopping rule says so."""
+        longest = min(self._stopping.max_length, self._branching.max_nodes - 1)
+        growths = [plant(sequence, min(longest, sequence.max_draft)) for sequence in batch.sequences]
+        growing = [growth for growth in growths if growth.max_depth > 0]
+        if not growing:
+            return draft_roots(batch)
+        while growing:
+            add_level(
+                growing,
+                self._guess(growing, self._run(batch, growing)),
+                branching=self._branching,
+                threshold=self._stopping.threshold,
+                price=batch.node_price,
+            )
+            growing = [growth for growth in growing if growth.tree.frontier]
+        self._depths.update((growth.sequence, growth.depth) for growth in growths if growth.depth)
+        return assemble(growths)
+
+    def accept(self, sequences: SequenceOf[Sequence], outcome: Outcome) -> None:
+        """Tell the stopping rule how much of the last drafts was accepted."""
+        for sequence, path in zip(sequences, outcome.paths, strict=True):
+            num_drafted = self._depths.pop(sequence, 0)
+            if num_drafted:
+                self._stopping.observe(num_drafted, len(path) - 1)
+
+    def end(self, sequences: SequenceOf[Sequence]) -> None:
+        """Forget these sequences."""
+        for sequence in sequences:
+            self._depths.pop(sequence, None)
+
+    def _run(self, batch: Batch, growths: SequenceOf[Growth]) -> Tensor:
+        """The states [F, D] that leave the skipping target for the nodes of every frontier."""
+        segments, tokens = [], list[int]()
+        for growth in growths:
+            frontier, tree = growth.tree.frontier, growth.tree
+            segments.append(
+                place_nodes(batch.cache, growth.sequence.slot, num_rows=len(frontier), first_node=frontier.start,
+                            parents=tree.parents[: frontier.stop])
+            )  # fmt: skip
+            tokens += tree.tokens[frontier.start : frontier.stop]
+        target = self._target
+        attention, span = CachedPass(batch.cache, segments), (0, target.num_layers)
+        return target.forward(target.embed(tokens), span, attention=attention, skips=self.skips)[0]
+
+    def _guess(self, growths: SequenceOf[Growth], hidden: Tensor) -> list[Guesses]:
+        """What may follow every frontier's nodes, by the states [F, D] that left the skipping target for them."""
+        num_siblings = self._branching.num_siblings
+        if num_siblings > 1 or any(needs_logits(growth.params) for growth in growths):
+            return draw(growths, self._target.logits(hidden), num_siblings=num_siblings)
+        ids, confidence = self._target.guess(hidden, self._target.final_norm)
+        known = zip(ids.tolist(), confidence.tolist(), strict=True)
+        return [Guesses([token], [chance], chance) for token, chance in known]
