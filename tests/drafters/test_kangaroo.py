@@ -1,7 +1,7 @@
 """Kangaroo shares the target's first layers: nothing is computed twice, nothing is left over, nothing waits."""
 
 from collections import Counter
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
 from pathlib import Path
 from typing import Any
@@ -12,7 +12,7 @@ from torch import Tensor
 
 from kangaroo.drafters import kangaroo as module
 from kangaroo.drafters.adapter import Adapter
-from kangaroo.drafters.base import Batch
+from kangaroo.drafters.base import MAX_NODES, Batch, is_chain
 from kangaroo.drafters.base import Sequence as DecodedSequence
 from kangaroo.drafters.kangaroo import KangarooDrafter, build
 from kangaroo.drafters.plain import PlainDrafter
@@ -32,6 +32,7 @@ from kangaroo.model.tokenizer import Tokenizer
 from kangaroo.model.transformer import FullSequencePass, Transformer
 from kangaroo.model.weights import assemble, disassemble
 from kangaroo.types import Draft, Outcome, Request, SamplingParams
+from tests.engine.scenarios import Pace
 from tests.tiny import tame_transformer, tiny_tokenizer
 
 FAMILIES = ["llama", "mistral", "qwen2", "qwen3", "gemma2"]
@@ -106,7 +107,7 @@ def test_rows_written_while_drafting_equal_those_of_a_fresh_pass(family: str) ->
         def after_draft(self, batch: Batch, draft: Draft) -> None:
             if draft.num_nodes == (1,):
                 return
-            text = batch.sequences[0].tokens + draft.tokens[0, 1:].tolist()
+            text = batch.sequences[0].tokens + draft.tokens[0][1:]
             fresh, hidden = fresh_pass(target, text, EXIT_LAYER)
             for layer in range(EXIT_LAYER):
                 for mine, other in ((batch.cache.keys, fresh.keys), (batch.cache.values, fresh.values)):
@@ -152,15 +153,15 @@ def test_confidences_and_guesses_are_those_of_the_adapter_over_the_whole_text(fa
     for text, draft, _ in recorder.steps():
         if draft.num_nodes[0] == 1:
             continue
-        tokens = text + draft.tokens[0, 1:-1].tolist()
+        tokens = text + draft.tokens[0][1:-1]
         _, hidden = fresh_pass(target, tokens, EXIT_LAYER)
         attention = FullSequencePass(drafter._adapter.model_config, len(tokens), device=target.device)
         logits = target.head_logits(drafter._adapter.forward(hidden[None], attention=attention)[0])
         predicted = torch.softmax(logits[len(text) - 1 :], dim=-1).max(dim=-1)
         assert draft.confidence is not None
-        assert draft.confidence[0, 0] == 1
-        torch.testing.assert_close(draft.confidence[0, 1:], predicted.values, rtol=1e-4, atol=1e-4)
-        assert draft.tokens[0, 1:].tolist() == predicted.indices.tolist()
+        assert draft.confidence[0][0] == 1
+        assert draft.confidence[0][1:] == pytest.approx(predicted.values.tolist(), rel=1e-4, abs=1e-4)
+        assert draft.tokens[0][1:] == predicted.indices.tolist()
 
 
 @pytest.mark.parametrize("stopping", [FixedLength(4), ConfidenceThreshold(5, 0.4)], ids=["fixed", "threshold"])
@@ -247,7 +248,7 @@ def test_host_reads_tokens_and_confidences_once_a_level(monkeypatch: pytest.Monk
     def watched(batch: Batch) -> Draft:
         with counting_host_reads(monkeypatch) as reads:
             draft = draft_unwatched(batch)
-        seen.append((sum(reads.values()), draft.tokens.shape[1] - 1))
+        seen.append((sum(reads.values()), max(draft.num_nodes) - 1))
         return draft
 
     monkeypatch.setattr(drafter, "draft", watched)
@@ -273,7 +274,8 @@ def test_drafting_without_a_threshold_never_waits_for_a_device(family: str) -> N
     drafter.begin(sequences, num_slots=32)
     prefill(batch, drafter, num_rows=[len(PROMPT) - 1] * 2)
     draft = drafter.draft(batch)
-    assert draft.parents == ((-1, 0, 1, 2, 3), (-1, 0, 1, 2))
+    assert draft.parents == [[-1, 0, 1, 2, 3], [-1, 0, 1, 2]]
+    assert isinstance(draft.tokens, Tensor)
     assert draft.tokens.device == device
     assert draft.tokens.shape == (2, 5)
     assert draft.hidden is not None
@@ -293,8 +295,8 @@ def test_drafting_stops_behind_the_first_token_below_eta_which_is_still_verified
     stopped = 0
     for text, draft in drafts:
         assert draft.confidence is not None
-        *before, last = draft.confidence[0, 1:].tolist()
-        assert draft.tokens.shape == draft.confidence.shape == (1, draft.num_nodes[0])
+        *before, last = draft.confidence[0][1:]
+        assert (len(draft.tokens[0]),) == (len(draft.confidence[0]),) == draft.num_nodes
         assert all(value >= eta for value in before)
         left = 30 - (len(text) - len(PROMPT)) - 1
         assert last < eta or len(before) + 1 == min(gamma, left)
@@ -314,8 +316,7 @@ def test_draft_has_the_same_confidence_whether_or_not_a_policy_reads_it() -> Non
     unread, read = drafts_of(FixedLength(3)), drafts_of(ConfidenceThreshold(3, 0.0))
     for (_, draft), (_, other) in zip(unread[:-1], read[:-1], strict=True):
         assert draft.confidence is not None
-        assert other.confidence is not None
-        assert torch.equal(draft.confidence, other.confidence)
+        assert draft.confidence == other.confidence
 
 
 @pytest.mark.parametrize("max_new_tokens", range(2, 9))
@@ -410,55 +411,94 @@ def test_settings_go_before_the_adapters_recommendation_and_that_before_the_pape
             build(model, settings)
 
 
+GREEDY = [SamplingParams(24, seed=0)] * 3
+# Where top_k cuts off many of the best the one call guesses otherwise: it looks at few tokens.
+SAMPLED = [
+    SamplingParams(24, 0.8, 3),
+    SamplingParams(24, 0.8, 5, top_k=60),
+    SamplingParams(24, 0.7, 7, top_p=0.9),
+    SamplingParams(24, 1.0, 9, min_p=0.01),
+    SamplingParams(24, seed=0),
+]
+
+
+class Probing:
+    """Keeps a packed drafter's drafts, and what behind them only the caches tell."""
+
+    def __init__(self, drafter: KangarooDrafter, target: packed.PackedTransformer) -> None:
+        self.drafts: list[Draft] = []
+        self.probes: list[Tensor] = []
+        self._drafter, self._target = drafter, target
+        self._draft = drafter.draft
+        drafter.draft = self.draft  # type: ignore[method-assign]
+
+    def draft(self, batch: Batch) -> Draft:
+        draft = self._draft(batch)
+        self.drafts.append(draft)
+        stack, adapter = self._target._stack, self._drafter._adapter.packed
+        assert adapter is not None
+        for sequence, parents in zip(batch.sequences, draft.parents, strict=True):
+            if len(parents) > 1:
+                slot, grown = sequence.slot, sorted(set(parents[1:]))
+                assert self._drafter._memory[sequence].fed.issuperset(grown)
+                for layer in range(EXIT_LAYER):
+                    self.probe(stack, layer, batch.cache, slot=slot, parents=parents, of=range(len(parents)))
+                self.probe(adapter, 0, self._drafter._cache, slot=slot, parents=parents, of=grown)
+        return draft
+
+    def probe(self, stack: packed.PackedStack, layer: int, cache: KVCache, *, slot: int,
+              parents: Sequence[int], of: Sequence[int]) -> None:  # fmt: skip
+        """Let a row behind every one of these nodes read what a layer has in its cache of the text and the draft."""
+        rows = torch.randn(len(of), self._target.config.hidden_size, generator=torch.Generator().manual_seed(6))
+        segment = Segment(slot, cache.lengths[slot], len(of), (*parents, *of), len(parents))
+        self.probes.append(stack.run(rows, (layer, layer + 1), attention=CachedPass(cache, [segment]))[0])
+
+
+def probe_drafts(
+    loose: Transformer, target: packed.PackedTransformer, stopping: StoppingPolicy, *, branching: Branching,
+    wishes: Sequence[SamplingParams]
+) -> Probing:  # fmt: skip
+    """Texts of several prompts, decoded together at changing prices of a node."""
+    adapter = make_drafter(loose, stopping)._adapter.pack(target)
+    drafter = KangarooDrafter(target, adapter, stopping=stopping, branching=branching)
+    probing = Probing(drafter, target)
+    engine = Engine(target, drafter, limits=Limits(max_batch_size=len(wishes)), pace=Pace((MAX_NODES,)))
+    begun = [engine.submit(Request(PROMPT[: 3 + row], params)) for row, params in enumerate(wishes)]
+    for decoding in begun:
+        engine.run(decoding)
+    return probing
+
+
+@pytest.mark.parametrize("wishes", [GREEDY, SAMPLED], ids=["greedy", "sampled"])
+@pytest.mark.parametrize("branching", [Branching(), Branching(3, 16)], ids=["chain", "tree"])
 @pytest.mark.parametrize("storage", ["float32", "bfloat16", "int8"])
-@pytest.mark.parametrize("eta", [0.0, 0.4, 1.0])
 @pytest.mark.parametrize("family", FAMILIES)
-def test_chain_drafted_in_one_call_is_the_chain_drafted_level_by_level(
-    monkeypatch: pytest.MonkeyPatch, family: str, eta: float, storage: str
+def test_drafts_of_one_call_are_those_made_level_by_level(
+    monkeypatch: pytest.MonkeyPatch, family: str, storage: str, branching: Branching, wishes: list[SamplingParams]
 ) -> None:
     loose = tame_target(family)
-    target, drafts = packed.pack(loose, storage), []
-    # Only a sequence alone is drafted in one call.
-    for num_sequences in (1, 2):
-        made = make_drafter(loose, ConfidenceThreshold(5, eta))
-        drafter = KangarooDrafter(target, made._adapter.pack(target), stopping=made._stopping)
-        calls: list[int] = []
-        in_one_call = drafter._draft_in_one_call
-
-        def counted(*args: Any, calls: list[int] = calls, call: Any = in_one_call) -> Draft:
-            calls.append(1)
-            draft: Draft = call(*args)
-            return draft
-
-        monkeypatch.setattr(drafter, "_draft_in_one_call", counted)
-        engine = Engine(target, drafter, limits=Limits(max_batch_size=num_sequences))
-        seen: list[Draft] = []
-        monkeypatch.setattr(drafter, "draft", recording(drafter.draft, seen))
-        begun = [engine.submit(Request(PROMPT, SamplingParams(max_new_tokens=24))) for _ in range(num_sequences)]
-        engine.run(begun[-1])
-        assert bool(calls) == (num_sequences == 1)
-        drafts.append(seen)
-    for one, both in zip(*drafts, strict=True):
-        assert both.parents == one.parents * 2
-        assert torch.equal(both.tokens, one.tokens.repeat(2, 1))
-        if one.num_nodes == (1,):
-            continue
-        assert one.hidden is not None
-        assert both.hidden is not None
-        assert one.confidence is not None
-        assert both.confidence is not None
-        assert torch.equal(both.hidden, one.hidden.repeat(2, 1))
-        assert torch.equal(both.confidence, one.confidence.repeat(2, 1))
-
-
-def recording(draft: Callable[[Batch], Draft], seen: list[Draft]) -> Callable[[Batch], Draft]:
-    """The same, remembering every draft."""
-
-    def recorded(batch: Batch) -> Draft:
-        seen.append(draft(batch))
-        return seen[-1]
-
-    return recorded
+    target = packed.pack(loose, storage)
+    for eta in (0.0, 0.4, 1.0):
+        stopping = ConfidenceThreshold(5, eta)
+        with monkeypatch.context() as patch:
+            patch.setattr(KangarooDrafter, "_run_shallow", None)
+            native = probe_drafts(loose, target, stopping, branching=branching, wishes=wishes)
+        with monkeypatch.context() as patch:
+            patch.setattr(module._Growth, "is_native", False)
+            patch.setattr(KangarooDrafter, "_draft_in_one_call", None)
+            levels = probe_drafts(loose, target, stopping, branching=branching, wishes=wishes)
+        for mine, other in zip(native.drafts, levels.drafts, strict=True):
+            assert (mine.tokens, mine.parents) == (other.tokens, other.parents)
+            assert (mine.resume_layer, mine.hidden is None) == (other.resume_layer, other.hidden is None)
+            if mine.hidden is not None:
+                assert torch.equal(mine.hidden, other.hidden)
+                for confidences, expected in zip(mine.confidence, other.confidence, strict=True):
+                    assert confidences == pytest.approx(expected, abs=1e-5)
+        assert len(native.probes) > 10
+        has_branches = any(not is_chain(parents) for draft in native.drafts for parents in draft.parents)
+        assert has_branches == (branching.num_siblings > 1)
+        for one, expected in zip(native.probes, levels.probes, strict=True):
+            assert torch.equal(one, expected)
 
 
 def test_long_prompt_reaches_a_packed_adapter_in_blocks(monkeypatch: pytest.MonkeyPatch) -> None:

@@ -2,14 +2,19 @@
 
 import functools
 from collections.abc import Callable
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 
 import torch
 
 from kangaroo.drafters.adapter import Adapter
+from kangaroo.drafters.auto import AutoDrafter
 from kangaroo.drafters.base import Drafter
+from kangaroo.drafters.draft_model import DraftModelDrafter
+from kangaroo.drafters.gate import GatedDrafter
 from kangaroo.drafters.kangaroo import KangarooDrafter
 from kangaroo.drafters.plain import PlainDrafter
+from kangaroo.drafters.prompt_lookup import PromptLookupDrafter
+from kangaroo.drafters.settings import PromptLookupSettings
 from kangaroo.drafters.stopping import ConfidenceThreshold, FixedLength, StoppingPolicy
 from kangaroo.drafters.tree import CHAIN, Branching
 from kangaroo.kernels import REFERENCE, cpu
@@ -17,7 +22,7 @@ from kangaroo.model import packed
 from kangaroo.model.transformer import Transformer
 from tests.engine import scripts
 from tests.engine.scripts import Guess, ScriptedDrafter, Texts
-from tests.tiny import tame_transformer
+from tests.tiny import VOCAB_SIZE, tame_transformer
 
 FAMILIES = ["llama", "mistral", "qwen2", "qwen3", "gemma2"]
 EXIT_LAYER = 2
@@ -31,11 +36,16 @@ Factory = Callable[[Transformer, Texts], Drafter]
 
 @dataclass(frozen=True)
 class Case:
-    """A drafter; accepts: what must be seen to happen to its drafts in every parametrisation."""
+    """A drafter.
+
+    accepts: what must be seen to happen to its drafts in every parametrisation. always_drafts: whether it has something
+    to say about every text.
+    """
 
     name: str
     build: Factory
     accepts: frozenset[str] = ANY
+    always_drafts: bool = True
 
 
 def follow(guess: Guess) -> Factory:
@@ -50,6 +60,38 @@ def kangaroo(stopping: StoppingPolicy, branching: Branching = CHAIN, *, is_train
     )
 
 
+def lookup(settings: PromptLookupSettings) -> Factory:
+    return lambda target, texts: PromptLookupDrafter(settings)
+
+
+def lookup_in_references(settings: PromptLookupSettings) -> Factory:
+    """Prompt lookup in the true texts of all requests, too, with an error in every fourth token."""
+
+    def build(target: Transformer, texts: Texts) -> Drafter:
+        references = [
+            [scripts.wrong(token) if at % 4 == 3 else token for at, token in enumerate(text)] for text in texts.values()
+        ]
+        return PromptLookupDrafter(settings, references)
+
+    return build
+
+
+def draft_model(stopping: StoppingPolicy, branching: Branching = CHAIN, *, is_target: bool = False) -> Factory:
+    """A draft model that is the target itself, or its first EXIT_LAYER layers."""
+    return lambda target, texts: DraftModelDrafter(
+        target if is_target else first_layers(target), VOCAB_SIZE, stopping=stopping, branching=branching
+    )
+
+
+def gated(factory: Factory, threshold: float) -> Factory:
+    return lambda target, texts: GatedDrafter(target, factory(target, texts), threshold=threshold)
+
+
+def auto(*factories: Factory) -> Factory:
+    return lambda target, texts: AutoDrafter([factory(target, texts) for factory in factories])
+
+
+FOUR_SIBLINGS = PromptLookupSettings(max_ngram=2, num_tokens=20, num_siblings=4)
 CASES = [
     Case("plain", lambda target, texts: PlainDrafter(), frozenset()),
     Case("always_right", follow(scripts.always_right), frozenset({ALL})),
@@ -65,6 +107,16 @@ CASES = [
     Case("kangaroo-eta1", kangaroo(ConfidenceThreshold(6, 1.0)), frozenset({NONE, ALL})),
     Case("kangaroo-tree-fixed4", kangaroo(FixedLength(4), Branching(3, 16))),
     Case("kangaroo-tree-eta0.1", kangaroo(ConfidenceThreshold(6, 0.1), Branching(2, 64))),
+    # Random texts seldom repeat themselves.
+    Case("lookup", lookup(PromptLookupSettings()), frozenset({NONE}), always_drafts=False),
+    Case("lookup-tree", lookup(FOUR_SIBLINGS), frozenset({NONE}), always_drafts=False),
+    Case("lookup-references", lookup_in_references(FOUR_SIBLINGS)),
+    Case("draft_model-itself", draft_model(FixedLength(4), is_target=True), frozenset({ALL})),
+    Case("draft_model-eta0.1", draft_model(ConfidenceThreshold(6, 0.1))),
+    Case("draft_model-tree", draft_model(ConfidenceThreshold(6, 0.1), Branching(3, 16))),
+    Case("gate", gated(kangaroo(FixedLength(4)), 0.1), always_drafts=False),
+    Case("auto-kangaroo", auto(lookup(PromptLookupSettings()), kangaroo(FixedLength(4), Branching(3, 16)))),
+    Case("auto-draft_model", auto(lookup(PromptLookupSettings()), draft_model(FixedLength(4)))),
 ]
 
 
@@ -100,6 +152,16 @@ def target_on(backend: Backend, family: str) -> Transformer:
     """The tame model of a family, whose early exit at EXIT_LAYER is right about half the time."""
     target = tame_transformer(family, EXIT_LAYER)
     return target if backend == ON_REFERENCE else packed.pack(target, backend.storage)
+
+
+@functools.cache
+def first_layers(target: Transformer) -> Transformer:
+    """The target's first EXIT_LAYER layers under its own head, on its kernels."""
+    (whole,) = [one for one in (target_on(ON_REFERENCE, name) for name in FAMILIES) if one.config == target.config]
+    config = replace(whole.config, num_layers=EXIT_LAYER, windows=whole.config.windows[:EXIT_LAYER])
+    made = Transformer(config, whole.layers[:EXIT_LAYER], embedding=whole.embedding, final_norm=whole.final_norm,
+                       head=whole.head)  # fmt: skip
+    return made if target.backend == REFERENCE else packed.pack(made, target.storage)  # type: ignore[attr-defined]
 
 
 @functools.cache

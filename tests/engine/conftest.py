@@ -6,7 +6,7 @@ from kangaroo.drafters.plain import PlainDrafter
 from kangaroo.engine.engine import Engine
 from kangaroo.model.transformer import Transformer
 from kangaroo.types import SamplingParams
-from tests.engine.scripted import PROMPT, decode
+from tests.engine.scripts import PROMPT, decode
 from tests.tiny import tiny_config, tiny_transformer
 
 

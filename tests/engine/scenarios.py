@@ -135,7 +135,7 @@ class Observer:
 
     def draft(self, batch: Batch) -> Draft:
         draft = self._drafter.draft(batch)
-        for sequence, parents, tokens in zip(batch.sequences, draft.parents, draft.tokens.tolist(), strict=True):
+        for sequence, parents, tokens in zip(batch.sequences, draft.parents, draft.tokens, strict=True):
             assert tokens[0] == sequence.tokens[-1]
             depths = [0]
             for parent in parents[1:]:

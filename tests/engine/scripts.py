@@ -1,12 +1,16 @@
-"""Drafters that know the true texts and guess by a script: right, wrong, right at first, or in trees."""
+"""Drafters that know the texts and guess by a script: right, wrong, right at first, or in trees."""
 
 import random
 from collections.abc import Callable, Mapping
 from collections.abc import Sequence as SequenceOf
 
 from kangaroo.drafters.base import MAX_NODES, Batch, Sequence
-from kangaroo.types import Draft, Outcome, Request
-from tests.tiny import VOCAB_SIZE
+from kangaroo.engine.decoding import Decoding, Text
+from kangaroo.engine.engine import Engine
+from kangaroo.types import Draft, Outcome, Request, SamplingParams
+from tests.tiny import VOCAB_SIZE, chain_parents
+
+PROMPT = (4, 99, 3)
 
 # The whole text, prompt included, that plain decoding makes of each request.
 Texts = Mapping[Request, SequenceOf[int]]
@@ -49,6 +53,32 @@ class ScriptedDrafter:
 
     def end(self, sequences: SequenceOf[Sequence]) -> None:
         pass
+
+
+class TextDrafter(ScriptedDrafter):
+    """Guesses the next gamma tokens of the text it was given for a prompt."""
+
+    def __init__(self, texts: Mapping[tuple[int, ...], SequenceOf[int]], gamma: int) -> None:
+        self.held: set[Sequence] = set()
+        self.max_drafts: list[int] = []
+        self._text_of = texts
+        self._gamma = gamma
+
+    def begin(self, sequences: SequenceOf[Sequence], *, num_slots: int) -> None:
+        self.held |= set(sequences)
+
+    def _grow(self, sequence: Sequence) -> tuple[list[int], tuple[int, ...]]:
+        self.max_drafts.append(sequence.max_draft)
+        length = len(sequence.tokens)
+        text = self._text_of.get(sequence.request.prompt_ids, ())
+        tokens = [sequence.tokens[-1], *text[length : length + min(self._gamma, sequence.max_draft)]]
+        return tokens, chain_parents(len(tokens))
+
+    def accept(self, sequences: SequenceOf[Sequence], outcome: Outcome) -> None:
+        assert set(sequences) <= self.held
+
+    def end(self, sequences: SequenceOf[Sequence]) -> None:
+        self.held -= set(sequences)
 
 
 def wrong(token: int) -> int:
@@ -101,3 +131,33 @@ def wild(length: int, text: SequenceOf[int]) -> list[tuple[int, int]]:
         is_true = at < len(text) and draw.random() < 0.5
         guesses.append((text[at] if is_true else draw.randrange(VOCAB_SIZE), parent))
     return guesses
+
+
+def submit(
+    engine: Engine,
+    params: SamplingParams,
+    *,
+    prompt: SequenceOf[int] = PROMPT,
+    eos_ids: SequenceOf[int] = (),
+    text: Text | None = None,
+) -> Decoding:
+    return engine.submit(Request(tuple(prompt), params, frozenset(eos_ids)), text)
+
+
+def decode(
+    engine: Engine,
+    params: SamplingParams,
+    *,
+    prompt: SequenceOf[int] = PROMPT,
+    eos_ids: SequenceOf[int] = (),
+    text: Text | None = None,
+) -> Decoding:
+    """A request run to its end."""
+    decoding = submit(engine, params, prompt=prompt, eos_ids=eos_ids, text=text)
+    engine.run(decoding)
+    return decoding
+
+
+def sequence_of(decoding: Decoding) -> Sequence:
+    assert decoding.sequence is not None
+    return decoding.sequence

@@ -12,7 +12,7 @@ from kangaroo.model.text import TextStream
 from kangaroo.model.tokenizer import Tokenizer
 from kangaroo.model.transformer import Transformer
 from kangaroo.types import Request, SamplingParams
-from tests.engine.scripted import PROMPT, TextDrafter, decode, sequence_of
+from tests.engine.scripts import PROMPT, TextDrafter, decode, sequence_of
 from tests.tiny import tiny_tokenizer
 
 GREEDY = SamplingParams(max_new_tokens=30)

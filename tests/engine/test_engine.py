@@ -14,7 +14,7 @@ from kangaroo.errors import PromptError, SettingsError
 from kangaroo.model.packed import pack
 from kangaroo.model.transformer import Transformer
 from kangaroo.types import Draft, Outcome, SamplingParams
-from tests.engine.scripted import PROMPT, TextDrafter, decode, sequence_of, submit
+from tests.engine.scripts import PROMPT, TextDrafter, decode, sequence_of, submit
 from tests.tiny import chain_parents
 
 
@@ -181,8 +181,7 @@ class Forking(PlainDrafter):
     """Drafts two siblings, which the block rule refuses to verify."""
 
     def draft(self, batch: Batch) -> Draft:
-        roots = super().draft(batch).tokens
-        return Draft(roots.repeat(1, 3), ((-1, 0, 0),) * len(roots))
+        return Draft([sequence.tokens[-1:] * 3 for sequence in batch.sequences], [(-1, 0, 0)] * len(batch.sequences))
 
 
 def test_error_in_one_request_ends_it_alone(target: Transformer, text: list[int]) -> None:
@@ -254,7 +253,7 @@ def test_nothing_to_do_takes_no_pass(target: Transformer, monkeypatch: pytest.Mo
 
 def test_drafts_of_a_batch_are_chains_of_their_own_lengths(target: Transformer, text: list[int]) -> None:
     """A request near its end drafts less than its neighbour."""
-    seen: list[tuple[tuple[int, ...], ...]] = []
+    seen: list[SequenceOf[SequenceOf[int]]] = []
 
     class Watching(TextDrafter):
         def draft(self, batch: Batch) -> Draft:

@@ -146,7 +146,7 @@ def test_drafting_on_reference_kernels_emits_the_text_of_plain_decoding_up_to_ne
     engine = Engine(target, case.build(target, {request: plain.tokens}))
     decoding = engine.submit(request)
     engine.run(decoding)
-    assert decoding.num_drafted > 0
+    assert decoding.num_drafted > 0 or not case.always_drafts
     assert len(decoding.new_tokens) == NUM_NEW_TOKENS
     assert_same_text(target, request, plain, drafted=read_run(decoding))
 

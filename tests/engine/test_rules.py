@@ -21,7 +21,16 @@ from tests.engine.scripts import ScriptedDrafter
 from tests.native import kernels_restored  # noqa: F401
 
 BACKEND = ON_NATIVE[0]
-CHAINS = ["plain", "right_at_first", "kangaroo-random", "kangaroo-fixed6", "kangaroo-tree-fixed4"]
+CHAINS = [
+    "plain",
+    "right_at_first",
+    "kangaroo-random",
+    "kangaroo-fixed6",
+    "kangaroo-tree-fixed4",
+    "lookup-references",
+    "draft_model-tree",
+    "auto-kangaroo",
+]
 TREES = ["branching", "wild"]
 
 

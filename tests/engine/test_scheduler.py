@@ -17,7 +17,7 @@ from kangaroo.engine.step import prefill
 from kangaroo.errors import QueueFullError, SettingsError
 from kangaroo.model.transformer import Transformer
 from kangaroo.types import Outcome, Request, SamplingParams
-from tests.engine.scripted import PROMPT, TextDrafter, decode, sequence_of, submit
+from tests.engine.scripts import PROMPT, TextDrafter, decode, sequence_of, submit
 
 
 def waiting(num_prompt: int = 3) -> Decoding:

@@ -125,14 +125,12 @@ def test_verification_logits_equal_a_full_pass_over_each_branch(monkeypatch: pyt
     monkeypatch.setattr(target, "forward", spy)
     for _ in range(3):
         texts = [list(sequence.tokens) for sequence in batch.sequences]
-        draft, outcome, _ = decode_step(batch, drafter)
+        draft, outcome = decode_step(batch, drafter)
         commit(batch, outcome)
         logits, positions = seen.pop()
         row = 0
-        for text, tokens, parents, count in zip(
-            texts, draft.tokens.tolist(), draft.parents, draft.num_nodes, strict=True
-        ):
-            for node in range(count):
+        for text, tokens, parents in zip(texts, draft.tokens, draft.parents, strict=True):
+            for node in range(len(parents)):
                 branch = [node]
                 while parents[branch[0]] >= 0:
                     branch.insert(0, parents[branch[0]])
@@ -153,8 +151,8 @@ def test_batch_of_trees_and_chains_emits_and_keeps_what_each_sequence_alone_does
     # The second sequence's guesses stay wrong.
     drafter.known[batch.sequences[0]] = texts[0]
     for _ in range(4):
-        _, outcome, errors = decode_step(batch, drafter)
-        assert errors == {}
+        _, outcome = decode_step(batch, drafter)
+        assert [sequence.error for sequence in batch.sequences] == [None, None]
         commit(batch, outcome)
         assert [len(path) for path in outcome.paths] == [5, 1]
         assert outcome.paths[0] == (0, 1, 3, 5, 6)
@@ -168,7 +166,7 @@ def test_plain_drafter_decodes_a_batch() -> None:
     batch = make_batch(target, PROMPTS)
     commit(batch, read(batch, PlainDrafter()))
     for _ in range(5):
-        draft, outcome, _ = decode_step(batch, PlainDrafter())
+        draft, outcome = decode_step(batch, PlainDrafter())
         assert draft.num_nodes == (1, 1)
         commit(batch, outcome)
     assert [sequence.tokens for sequence in batch.sequences] == [plain_text(target, prompt, 6) for prompt in PROMPTS]
@@ -182,7 +180,7 @@ def test_taps_are_the_states_of_the_committed_tokens() -> None:
     for sequence, prompt in zip(batch.sequences, PROMPTS, strict=True):
         drafter.known[sequence] = plain_text(target, prompt, 6)
     for _ in range(3):
-        commit(batch, decode_step(batch, drafter).outcome)
+        commit(batch, decode_step(batch, drafter)[1])
     for row, sequence in enumerate(batch.sequences):
         expected = full_states(target, sequence.tokens[:-1])
         for layer in taps:
@@ -224,12 +222,12 @@ def test_sampled_choice_depends_on_the_position_and_not_on_the_slot_in_the_draft
     plain = make_batch(target, PROMPTS[:1], params)
     commit(plain, read(plain, PlainDrafter()))
     for _ in range(8):
-        commit(plain, decode_step(plain, PlainDrafter()).outcome)
+        commit(plain, decode_step(plain, PlainDrafter())[1])
     text = plain.sequences[0].tokens
     batch, drafter = make_batch(target, PROMPTS[:1], params), GrowingTrees(TREES[:1])
     commit(batch, read(batch, drafter))
     drafter.known[batch.sequences[0]] = text
-    commit(batch, decode_step(batch, drafter).outcome)
+    commit(batch, decode_step(batch, drafter)[1])
     assert batch.sequences[0].tokens == text[: len(PROMPTS[0]) + 6]
 
 
@@ -250,9 +248,9 @@ def test_error_in_one_sequence_leaves_the_others_their_step(monkeypatch: pytest.
         failing() if params.temperature else int(logits.argmax())
     ))  # fmt: skip
     drafter.known[batch.sequences[0]] = plain_text(target, PROMPTS[0], 8)
-    _, outcome, errors = decode_step(batch, drafter)
-    assert list(errors) == [second]
-    assert isinstance(errors[second], Refused)
+    _, outcome = decode_step(batch, drafter)
+    assert batch.sequences[0].error is None
+    assert isinstance(second.error, Refused)
     assert [len(path) for path in outcome.paths] == [5, 1]
     assert outcome.tokens[1] == ()
     commit(batch, outcome)
