@@ -46,6 +46,7 @@ class _Memory:
     earnings: list[_Earnings]
     asked: int | None = None
     since_try: int = 0
+    num_tries: int = 0
 
 
 class AutoDrafter:
@@ -117,7 +118,10 @@ class AutoDrafter:
         memory.since_try += 1
         if memory.since_try >= TRY_EVERY:
             memory.since_try = 0
-            order = [*order[1:], order[0]]
+            # Each of the others in its turn.
+            first = order.pop(1 + memory.num_tries % (len(order) - 1)) if len(order) > 1 else order.pop()
+            memory.num_tries += 1
+            order.insert(0, first)
         return order
 
 

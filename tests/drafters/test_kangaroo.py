@@ -412,10 +412,11 @@ def test_settings_go_before_the_adapters_recommendation_and_that_before_the_pape
 
 
 GREEDY = [SamplingParams(24, seed=0)] * 3
-# Where top_k cuts off many of the best the one call guesses otherwise: it looks at few tokens.
 SAMPLED = [
     SamplingParams(24, 0.8, 3),
-    SamplingParams(24, 0.8, 5, top_k=60),
+    SamplingParams(24, 1.5, 5, top_k=2),
+    SamplingParams(24, 1.2, 6, top_k=20, top_p=0.8, min_p=0.01),
+    SamplingParams(24, 1.2, 8, top_p=0.3),
     SamplingParams(24, 0.7, 7, top_p=0.9),
     SamplingParams(24, 1.0, 9, min_p=0.01),
     SamplingParams(24, seed=0),

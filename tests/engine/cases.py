@@ -1,24 +1,33 @@
 """The drafters, targets and kernels that losslessness is tested with; a new drafter joins as a line of CASES."""
 
 import functools
+import tempfile
 from collections.abc import Callable
 from dataclasses import dataclass, replace
+from pathlib import Path
 
+import numpy as np
 import torch
 
 from kangaroo.drafters.adapter import Adapter
 from kangaroo.drafters.auto import AutoDrafter
 from kangaroo.drafters.base import Drafter
+from kangaroo.drafters.datastore import Datastore, build_datastore
 from kangaroo.drafters.draft_model import DraftModelDrafter
 from kangaroo.drafters.gate import GatedDrafter
 from kangaroo.drafters.kangaroo import KangarooDrafter
+from kangaroo.drafters.layer_skip import LayerSkipDrafter
+from kangaroo.drafters.medusa import MedusaDrafter
+from kangaroo.drafters.medusa_heads import MedusaHeads
 from kangaroo.drafters.plain import PlainDrafter
 from kangaroo.drafters.prompt_lookup import PromptLookupDrafter
-from kangaroo.drafters.settings import PromptLookupSettings
-from kangaroo.drafters.stopping import ConfidenceThreshold, FixedLength, StoppingPolicy
+from kangaroo.drafters.retrieval import RetrievalDrafter
+from kangaroo.drafters.settings import PromptLookupSettings, RetrievalSettings
+from kangaroo.drafters.stopping import AdaptiveThreshold, ConfidenceThreshold, FixedLength, StoppingPolicy
 from kangaroo.drafters.tree import CHAIN, Branching
 from kangaroo.kernels import REFERENCE, cpu
 from kangaroo.model import packed
+from kangaroo.model.skips import SkippedSublayers
 from kangaroo.model.transformer import Transformer
 from tests.engine import scripts
 from tests.engine.scripts import Guess, ScriptedDrafter, Texts
@@ -68,12 +77,16 @@ def lookup_in_references(settings: PromptLookupSettings) -> Factory:
     """Prompt lookup in the true texts of all requests, too, with an error in every fourth token."""
 
     def build(target: Transformer, texts: Texts) -> Drafter:
-        references = [
-            [scripts.wrong(token) if at % 4 == 3 else token for at, token in enumerate(text)] for text in texts.values()
-        ]
-        return PromptLookupDrafter(settings, references)
+        return PromptLookupDrafter(settings, blemished(texts))
 
     return build
+
+
+def blemished(texts: Texts) -> list[list[int]]:
+    """The true texts with an error in every fourth token."""
+    return [
+        [scripts.wrong(token) if at % 4 == 3 else token for at, token in enumerate(text)] for text in texts.values()
+    ]
 
 
 def draft_model(stopping: StoppingPolicy, branching: Branching = CHAIN, *, is_target: bool = False) -> Factory:
@@ -81,6 +94,40 @@ def draft_model(stopping: StoppingPolicy, branching: Branching = CHAIN, *, is_ta
     return lambda target, texts: DraftModelDrafter(
         target if is_target else first_layers(target), VOCAB_SIZE, stopping=stopping, branching=branching
     )
+
+
+def layer_skip(stopping: StoppingPolicy, branching: Branching = CHAIN) -> Factory:
+    """The target without two of its tame sublayers, so that guesses are often right."""
+    skips = SkippedSublayers(frozenset({2}), frozenset({1, 3}))
+    return lambda target, texts: LayerSkipDrafter(target, skips, stopping=stopping, branching=branching)
+
+
+def medusa(branching: Branching = CHAIN) -> Factory:
+    """Untrained heads, which are almost never right."""
+
+    def build(target: Transformer, texts: Texts) -> Drafter:
+        unpacked = next(one for one in map(unpacked_target, FAMILIES) if one.config == target.config)
+        heads = MedusaHeads.initialize(unpacked, 3)
+        packed_heads = heads if target.backend == REFERENCE else heads.pack(target)  # type: ignore[arg-type]
+        return MedusaDrafter(target, packed_heads, stopping=FixedLength(3), branching=branching)
+
+    return build
+
+
+def unpacked_target(family: str) -> Transformer:
+    return target_on(ON_REFERENCE, family)
+
+
+def retrieval(settings: RetrievalSettings) -> Factory:
+    """Retrieval from the true texts of all requests, with an error in every fourth token."""
+
+    def build(target: Transformer, texts: Texts) -> Drafter:
+        with tempfile.TemporaryDirectory() as parent:
+            folder = Path(parent) / "datastore"
+            build_datastore([np.array(one) for one in blemished(texts)], folder, vocab_size=VOCAB_SIZE, fingerprint="x")
+            return RetrievalDrafter(Datastore.open(folder, vocab_size=VOCAB_SIZE, fingerprint="x"), settings)
+
+    return build
 
 
 def gated(factory: Factory, threshold: float) -> Factory:
@@ -114,6 +161,12 @@ CASES = [
     Case("draft_model-itself", draft_model(FixedLength(4), is_target=True), frozenset({ALL})),
     Case("draft_model-eta0.1", draft_model(ConfidenceThreshold(6, 0.1))),
     Case("draft_model-tree", draft_model(ConfidenceThreshold(6, 0.1), Branching(3, 16))),
+    Case("layer_skip", layer_skip(FixedLength(4))),
+    Case("layer_skip-tree", layer_skip(FixedLength(4), Branching(3, 16))),
+    Case("layer_skip-adaptive", layer_skip(AdaptiveThreshold(6, initial_threshold=0.1)), frozenset({NONE, ALL})),
+    Case("medusa", medusa(), frozenset({NONE})),
+    Case("medusa-tree", medusa(Branching(3, 12)), frozenset({NONE})),
+    Case("retrieval", retrieval(RetrievalSettings(min_ngram=1))),
     Case("gate", gated(kangaroo(FixedLength(4)), 0.1), always_drafts=False),
     Case("auto-kangaroo", auto(lookup(PromptLookupSettings()), kangaroo(FixedLength(4), Branching(3, 16)))),
     Case("auto-draft_model", auto(lookup(PromptLookupSettings()), draft_model(FixedLength(4)))),

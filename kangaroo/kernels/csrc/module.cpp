@@ -334,49 +334,50 @@ class Lottery {
         key_(mix(mix(std::get<0>(draw)) + position)), weights_(num_logits) {
     const float temperature = std::get<1>(draw);
     for (size_t id = 0; id < num_logits; ++id) weights_[id] = std::exp((logits[id] - largest_) / temperature);
+    const size_t top_k = std::get<2>(draw);
+    highest_out_ = std::nextafter(static_cast<float>(std::get<4>(draw)), -1.0f);
+    float least = 0;
+    if (top_k > 0 && top_k < num_logits) {
+      std::vector<float> ordered = weights_;
+      std::nth_element(ordered.begin(), ordered.begin() + (top_k - 1), ordered.end(), std::greater<float>());
+      least = ordered[top_k - 1];
+      highest_out_ = std::max(highest_out_, std::nextafter(least, -1.0f));
+    }
+    for (const float weight : weights_) total_ += weight >= least ? weight : 0;
   }
 
-  std::vector<int64_t> draw(size_t count) const {
+  std::vector<int64_t> draw(size_t count) {
     std::vector<std::pair<double, int64_t>> found;
     // Noise is at most as likely to exceed t as exp(-t), which tells almost all tokens without a logarithm.
     double reach = 0;
-    // Some of the best may be cut off; a few more stand by.
-    const size_t wanted = count + 8;
     const double temperature = std::get<1>(draw_);
     for (size_t id = 0; id < num_logits_; ++id) {
       const double uniform = (static_cast<double>(mix(key_ + id) >> 12) + 0.5) * 0x1p-52;
       if ((1 - uniform) * reach > weights_[id]) continue;
       const double score = (logits_[id] - largest_) / temperature - std::log(-std::log(uniform));
-      if (found.size() == wanted && score <= found.back().first) continue;
-      if (found.size() == wanted) found.pop_back();
+      if (found.size() == count && score <= found.back().first) continue;
+      if (!survives(weights_[id])) continue;
+      if (found.size() == count) found.pop_back();
       const auto place = std::find_if(found.begin(), found.end(), [&](const auto& one) { return score > one.first; });
       found.insert(place, {score, static_cast<int64_t>(id)});
-      if (found.size() == wanted) reach = std::exp(found.back().first);
+      if (found.size() == count) reach = std::exp(found.back().first);
     }
     std::vector<int64_t> kept;
-    for (const auto& [score, id] : found) {
-      if (kept.size() < count && survives(id)) kept.push_back(id);
-    }
-    if (kept.empty()) kept.push_back(found.front().second);
+    for (const auto& [score, id] : found) kept.push_back(id);
     return kept;
   }
 
  private:
-  // Whether top_k, top_p and min_p let a token stay, by the tokens more likely than it.
-  bool survives(int64_t id) const {
-    const auto& [seed, temperature, top_k, top_p, min_p] = draw_;
-    const float own = weights_[id];
-    if (own < min_p) return false;
-    if (top_k == 0 && top_p >= 1) return true;
-    size_t num_above = 0;
-    double above = 0, total = 0;
-    for (const float weight : weights_) {
-      total += weight;
-      if (weight <= own) continue;
-      ++num_above;
-      above += weight;
-    }
-    return (top_k == 0 || num_above < top_k) && above < top_p * total;
+  // Whether top_k, top_p and min_p let a token of this weight stay; what stays at one weight stays at a greater one.
+  bool survives(float own) {
+    if (own <= highest_out_) return false;
+    const double top_p = std::get<3>(draw_);
+    if (top_p >= 1 || own >= lowest_in_) return true;
+    double above = 0;
+    for (const float weight : weights_) above += weight > own ? weight : 0;
+    const bool stays = above < top_p * total_;
+    (stays ? lowest_in_ : highest_out_) = own;
+    return stays;
   }
 
   const Draw& draw_;
@@ -385,6 +386,8 @@ class Lottery {
   float largest_;
   uint64_t key_;
   std::vector<float> weights_;
+  double total_ = 0;
+  float lowest_in_ = 1, highest_out_ = 0;
 };
 
 // Trees drafted in one call: embed, layers [0, exit_layer) of the target, the adapter's one layer, norm, head,
