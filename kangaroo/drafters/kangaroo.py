@@ -160,6 +160,8 @@ class KangarooDrafter:
                 num_kept += 1
             self._cache.keep(sequence.slot, list(path[:num_kept]))
             memory.pending.append(taps[self.exit_layer][num_kept:])
+            if sum(map(len, memory.pending)) > FEED_ROWS:
+                memory.pending = [self._shorten(sequence)]
             if memory.num_drafted:
                 self._stopping.observe(memory.num_drafted, len(path) - 1)
             memory.fed, memory.num_drafted = set(), 0

@@ -123,7 +123,7 @@ class Engine:
     def _decode(self, decoding: SequenceOf[Decoding]) -> None:
         started_s = self._now_s()
         sequences, pace = [_sequence(one) for one in decoding], self.pace
-        limit = MAX_NODES if pace is None else pace.limit(len(sequences))
+        limit = MAX_NODES if pace is None else pace.limit(sequences)
         for one, sequence in zip(decoding, sequences, strict=True):
             sequence.max_draft = min(one.room - 1, limit)
         batch = Batch(self.target, self._cache, sequences)

@@ -1,42 +1,93 @@
 """How deep to draft under the load there is, by what steps were measured to cost and drafts to bring.
 
-Verification is nearly free while a pass waits for weights to be read, and stops being so as a batch grows. The time of
-a step is held to be linear in the drafted tokens a sequence, with a line of its own for every batch size.
+Verification is nearly free while a pass waits for weights to be read, and stops being so as a batch grows. Steps are
+timed for every batch size and depth; what a depth brings follows from the drafts that nothing cut short.
 """
 
 from collections import deque
+from collections.abc import Sequence as SequenceOf
 from statistics import mean, median
 
-from kangaroo.drafters.base import DEFAULT_NODE_PRICE, MAX_NODES, is_chain
+from kangaroo.drafters.base import DEFAULT_NODE_PRICE, MAX_NODES, Sequence, is_chain
 from kangaroo.types import Draft, Outcome
 
-# A gain below this is within what measurements of single steps tell apart.
+# A gain or loss below this is within what measurements of single steps tell apart.
 MIN_GAIN = 1.03
-# Steps between two looks at the other side: a draft while plain decoding wins, or a plain step while drafting wins.
+# Steps between two plain ones while drafting wins, and between tries to draft while plain decoding does: texts that
+# were hard to guess may become easy.
 PROBE_EVERY = 64
+MIN_PATIENCE, MAX_PATIENCE = 8, 128
 # Steps between two choices: neither costs nor acceptance change faster.
 CHOOSE_EVERY = 8
-# How many steps a measurement looks back on, and how many it needs at least.
-NUM_REMEMBERED, NUM_NEEDED = 33, 3
-# Batch sizes this close share a line until each has its own.
+# Times a median is taken of, and how many of them the first comparison needs of either kind.
+RUN_LENGTH, NUM_NEEDED = 8, 3
+# Comparisons that count.
+NUM_RATIOS = 5
+# Batch sizes this close share their times until each has its own.
 MAX_RATIO = 1.5
+# Depths to choose from besides what the drafter itself would do.
+SHALLOW = (1, 2, 3, 4)
 
 
 class _Load:
-    """Times of recent steps at one batch size: without a draft, and with so many drafted tokens a sequence."""
+    """What drafted steps take at one batch size, in plain steps: only steps close to each other are compared."""
 
     def __init__(self) -> None:
-        self.plain_s: deque[float] = deque(maxlen=NUM_REMEMBERED)
-        self.drafted: deque[tuple[float, float]] = deque(maxlen=NUM_REMEMBERED)
+        # By the depth that drafts were bounded to.
+        self._ratios: dict[int, deque[float]] = {}
+        self._plain = _Times()
+        self._drafted: dict[int, _Times] = {}
+        self._num_steps = self._last_bound = 0
 
     @property
     def is_known(self) -> bool:
-        return len(self.plain_s) >= NUM_NEEDED and len(self.drafted) >= NUM_NEEDED
+        return self.ratio(MAX_NODES) is not None
 
-    def line(self) -> tuple[float, float]:
-        """The time of a plain step, and what every drafted token a sequence adds to it."""
-        base_s = median(self.plain_s)
-        return base_s, max(0.0, median((time_s - base_s) / depth for depth, time_s in self.drafted))
+    @property
+    def plain_s(self) -> float:
+        """The time of a plain step, when one was last run."""
+        return median(self._plain.values_s)
+
+    def needs_plain(self) -> bool:
+        """Whether too few plain steps were timed to compare with."""
+        return len(self._plain.values_s) < NUM_NEEDED
+
+    def ratio(self, bound: int) -> float | None:
+        """Plain steps that one drafted to this depth takes, None where it was not measured."""
+        return median(self._ratios[bound]) if bound in self._ratios else None
+
+    def add(self, bound: int, time_s: float) -> None:
+        """Count a step whose drafts were at most so deep, 0 for a plain one."""
+        self._num_steps += 1
+        (self._drafted.setdefault(bound, _Times()) if bound else self._plain).add(self._num_steps, time_s)
+        has_turned, depth = bool(bound) != bool(self._last_bound), bound or self._last_bound
+        self._last_bound = bound
+        if depth == 0:
+            return
+        drafted_s, plain_s = (times.recent(self._num_steps) for times in (self._drafted[depth], self._plain))
+        # The first comparison rests on several steps of both; later ones are made where one kind follows the other.
+        is_due = has_turned if depth in self._ratios else len(drafted_s) >= NUM_NEEDED
+        if is_due and drafted_s and plain_s:
+            ratios = self._ratios.setdefault(depth, deque(maxlen=NUM_RATIOS))
+            ratios.append(median(drafted_s) / median(plain_s))
+
+
+class _Times:
+    """The latest times of one kind of step, with when they were taken."""
+
+    def __init__(self) -> None:
+        self._taken: deque[tuple[int, float]] = deque(maxlen=RUN_LENGTH)
+
+    @property
+    def values_s(self) -> list[float]:
+        return [time_s for _, time_s in self._taken]
+
+    def add(self, step: int, time_s: float) -> None:
+        self._taken.append((step, time_s))
+
+    def recent(self, step: int) -> list[float]:
+        """Those of the last steps before this one."""
+        return [time_s for taken, time_s in self._taken if step - taken <= PROBE_EVERY + RUN_LENGTH]
 
 
 class Pace:
@@ -51,29 +102,35 @@ class Pace:
         self._loads: dict[int, _Load] = {}
         self._verify_s: dict[int, deque[float]] = {}
         # Tokens drafted and accepted where nothing but the drafter bounded the draft.
-        self._drafts: deque[tuple[int, int]] = deque(maxlen=256)
+        self._drafts: deque[tuple[int, int]] = deque(maxlen=64)
         self._has_trees = False
         self._batch_size = self._since_choice = self._since_probe = 0
         self._limit = self._granted = MAX_NODES
+        self._patience = MIN_PATIENCE
+        self._drafting: set[Sequence] = set()
+        self._is_steady = False
 
-    def limit(self, num_sequences: int) -> int:
+    def limit(self, sequences: SequenceOf[Sequence]) -> int:
         """The depth to draft to in the coming step; 0 where plain decoding is faster."""
-        self._granted = self._decide(num_sequences)
+        self._granted = self._decide(len(sequences))
+        # A drafter may have to catch up with the text first, which is no part of what drafting costs from then on.
+        self._is_steady = self._granted == 0 or self._drafting.issuperset(sequences)
+        self._drafting = set(sequences) if self._granted else set()
         return self._granted
 
     def observe(self, draft: Draft, outcome: Outcome, *, draft_time_s: float, verify_time_s: float) -> None:
         """Learn what the step cost and brought."""
         num_sequences, num_rows = len(draft.parents), sum(draft.num_nodes)
-        load = self._loads.setdefault(num_sequences, _Load())
         self.num_steps += 1
-        if num_rows == num_sequences:
-            # A drafter that had nothing to say took its time nevertheless; only a step that asked for none is plain.
-            if self._granted == 0:
-                load.plain_s.append(draft_time_s + verify_time_s)
+        is_plain = num_rows == num_sequences
+        # A drafter that had nothing to say took its time nevertheless; only a step that asked for none is plain.
+        if self._is_steady and (not is_plain or self._granted == 0):
+            self._loads.setdefault(num_sequences, _Load()).add(self._granted, draft_time_s + verify_time_s)
+        if is_plain:
             return
         self.num_drafting += 1
-        load.drafted.append(((num_rows - num_sequences) / num_sequences, draft_time_s + verify_time_s))
-        self._verify_s.setdefault(num_rows, deque(maxlen=NUM_REMEMBERED)).append(verify_time_s)
+        if self._is_steady:
+            self._verify_s.setdefault(num_rows, deque(maxlen=RUN_LENGTH)).append(verify_time_s)
         for parents, path in zip(draft.parents, outcome.paths, strict=True):
             self._has_trees |= not is_chain(parents)
             if self._granted == MAX_NODES:
@@ -85,17 +142,25 @@ class Pace:
             self._verify_s.clear()
         load = self._nearest_known(num_sequences)
         if load is None:
-            own = self._loads.setdefault(num_sequences, _Load())
-            return 0 if len(own.plain_s) <= len(own.drafted) and len(own.plain_s) < NUM_NEEDED else MAX_NODES
+            return 0 if self._loads.setdefault(num_sequences, _Load()).needs_plain() else MAX_NODES
         self._since_choice += 1
         if self._since_choice >= CHOOSE_EVERY:
             self._since_choice, self._limit = 0, self._choose(load)
             self.node_price = self._price_node(load)
         self._since_probe += 1
-        if self._since_probe < PROBE_EVERY:
-            return self._limit
-        self._since_probe = 0
-        return 0 if self._limit == MAX_NODES else MAX_NODES
+        if self._limit:
+            self._patience = MIN_PATIENCE
+            if self._since_probe < PROBE_EVERY:
+                return self._limit
+            self._since_probe = 0
+            return 0
+        if self._since_probe < self._patience:
+            return 0
+        if self._since_probe > self._patience:
+            # Of two drafts in a row the second is steady; a try that fails again waits twice as long.
+            self._since_probe, self._since_choice = 0, CHOOSE_EVERY
+            self._patience = min(2 * self._patience, MAX_PATIENCE)
+        return MAX_NODES
 
     def _nearest_known(self, num_sequences: int) -> _Load | None:
         known = [size for size, load in self._loads.items() if load.is_known]
@@ -105,17 +170,24 @@ class Pace:
         return self._loads[nearest]
 
     def _choose(self, load: _Load) -> int:
-        """The depth of most expected tokens a second; trees are drafted whole or not at all."""
-        base_s, token_s = load.line()
-        deepest = max((depth for depth, _ in self._drafts), default=0)
-        best, best_rate = 0, MIN_GAIN / base_s
-        for limit in (deepest,) if self._has_trees else range(1, deepest + 1):
-            num_drafted = mean(min(depth, limit) for depth, _ in self._drafts)
-            num_emitted = 1 + mean(min(accepted, limit) for _, accepted in self._drafts)
-            rate = num_emitted / (base_s + token_s * num_drafted)
-            if rate > best_rate:
-                best, best_rate = limit, rate
-        return MAX_NODES if best and best == deepest else best
+        """Whole drafts unless they lose to plain decoding; then the shallower depth that wins, if one does.
+
+        What a depth costs that was not tried lies on the line between plain steps and whole drafts; trees have none.
+        """
+        whole = load.ratio(MAX_NODES)
+        assert whole is not None, "a load is known by what whole drafts cost"
+        gain = (1 + mean(accepted for _, accepted in self._drafts)) / whole
+        if gain >= (1 / MIN_GAIN if self._limit == MAX_NODES else MIN_GAIN):
+            return MAX_NODES
+        best, best_gain = 0, MIN_GAIN
+        num_whole = mean(depth for depth, _ in self._drafts)
+        for bound in () if self._has_trees else SHALLOW:
+            num_emitted = 1 + mean(min(accepted, bound) for _, accepted in self._drafts)
+            share = mean(min(depth, bound) for depth, _ in self._drafts) / num_whole
+            gain = num_emitted / (load.ratio(bound) or 1 + share * (whole - 1))
+            if gain > best_gain:
+                best, best_gain = bound, gain
+        return best
 
     def _price_node(self, load: _Load) -> float:
         """The chance of being accepted at which one more node pays for its verification."""
@@ -125,4 +197,4 @@ class Pace:
         (few, fast_s), (many, slow_s) = known[0], known[-1]
         row_s = max(0.0, (slow_s - fast_s) / (many - few))
         # A token is worth the time that plain decoding takes for one.
-        return min(1.0, row_s * self._batch_size / load.line()[0])
+        return min(1.0, row_s * self._batch_size / load.plain_s)
