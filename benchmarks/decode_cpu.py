@@ -26,6 +26,7 @@ from kangaroo.bench.prompts import Prompt, read_prompts
 from kangaroo.bench.record import markdown_table, stamp, stamp_text, write_result
 from kangaroo.drafters.base import Batch, Sequence
 from kangaroo.drafters.settings import KangarooSettings
+from kangaroo.engine.pace import Pace
 from kangaroo.engine.step import prefill
 from kangaroo.errors import KangarooError
 from kangaroo.llm import LLM, build_drafter
@@ -46,7 +47,11 @@ def load(name: str, storage: str) -> LoadedModel:
 
 def build_contenders(model: LoadedModel, dtype: str, *, vllm_python: Path | None) -> tuple[list[Contender], list[str]]:
     """Everything installed, plain first, and a line for each that is not."""
-    contenders: list[Contender] = [KangarooContender(name, llm_for(model, name)) for name in ("plain", "kangaroo")]
+    kangaroo = LLM(model, build_drafter(model, "kangaroo"), pace=Pace())
+    contenders: list[Contender] = [
+        KangarooContender("plain", llm_for(model, "plain")),
+        KangarooContender("kangaroo", kangaroo),
+    ]
     others = {
         "transformers": lambda: TransformersContender(model.folder, eos_ids=model.eos_ids, dtype=dtype),
         "llama.cpp": lambda: LlamaCppContender(model.folder, eos_ids=model.eos_ids, dtype=dtype),
