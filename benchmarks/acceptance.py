@@ -59,7 +59,8 @@ def main() -> None:
         for seed in range(args.num_seeds):
             for prompt in prompts:
                 texts["plain"].append(plain_llm.generate(prompt, SamplingParams(128, temperature, seed)))
-                for rule in RULES:
+                first = len(texts["plain"]) % len(RULES)
+                for rule in (*RULES[first:], *RULES[:first]):
                     params = SamplingParams(128, temperature, seed, acceptance=rule)
                     texts[rule].append(llm.generate(prompt, params))
         rows += [{"temperature": temperature, "rule": rule} | summarize(texts[rule], texts["plain"]) for rule in RULES]

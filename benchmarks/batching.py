@@ -29,12 +29,12 @@ Prompts = Sequence[tuple[int, ...]]
 
 @dataclass(frozen=True)
 class BatchRun:
-    """What one batch took; latencies: seconds a token of every text, from one emission to the next."""
+    """What one batch took; gaps: seconds from one emission of a text to its next, latencies: shared by its tokens."""
 
     wall_time_s: float
     texts: list[tuple[int, ...]]
     latencies_s: tuple[float, ...] = ()
-    num_steps: int = 0
+    gaps_s: tuple[float, ...] = ()
 
     @property
     def tokens_per_s(self) -> float:
@@ -45,20 +45,21 @@ def run_engine(llm: LLM, prompts: Prompts, params: SamplingParams) -> BatchRun:
     """Decode all prompts together, watching when tokens come."""
     started_s = time.perf_counter()
     begun = [llm.submit(prompt, params)[0] for prompt in prompts]
-    seen, shown_s, latencies = dict.fromkeys(begun, 0), dict.fromkeys(begun, 0.0), []
-    num_steps = 0
+    seen, shown_s = dict.fromkeys(begun, 0), dict.fromkeys(begun, 0.0)
+    latencies: list[float] = []
+    gaps: list[float] = []
     while any(one.finish_reason is None for one in begun):
         changed = llm.engine.step()
-        num_steps += 1
         now_s = time.perf_counter()
         for one in changed:
             num_fresh = len(one.new_tokens) - seen[one]
             # The first token waits for its prompt, which is no latency of decoding.
             if seen[one]:
                 latencies += [(now_s - shown_s[one]) / num_fresh] * num_fresh
+                gaps.append(now_s - shown_s[one])
             seen[one], shown_s[one] = len(one.new_tokens), now_s
     wall_time_s = time.perf_counter() - started_s
-    return BatchRun(wall_time_s, [tuple(one.new_tokens) for one in begun], tuple(latencies), num_steps)
+    return BatchRun(wall_time_s, [tuple(one.new_tokens) for one in begun], tuple(latencies), tuple(gaps))
 
 
 def interval(ratios: Sequence[float]) -> tuple[float, float]:
@@ -111,10 +112,11 @@ def measure(model: LoadedModel, prompts: Prompts, *, batch_size: int, num_rounds
             "batch_size": batch_size,
             "contender": name,
             "tokens_per_s": statistics.median(one.tokens_per_s for one in mine),
-            "ratio_to_plain": statistics.median(ratios),
+            "ratio_to_plain": statistics.mean(ratios),
             "interval": interval(ratios),
             "latency_p50_s": percentile(latencies, 0.5),
             "latency_p99_s": percentile(latencies, 0.99),
+            "gap_p99_s": percentile([value for one in mine for value in one.gaps_s], 0.99),
             "share_drafting": pace.num_drafting / pace.num_steps if pace else None,
             "num_texts": sum(len(one.texts) for one in mine),
             "num_equal": sum(a == b for one, other in zip(mine, runs["plain"], strict=True)
@@ -126,7 +128,7 @@ def measure(model: LoadedModel, prompts: Prompts, *, batch_size: int, num_rounds
 def describe(row: dict[str, object]) -> list[object]:
     low, high = row["interval"]  # type: ignore[misc]
     milliseconds = [None if row[name] is None else f"{1000 * row[name]:.2f}"  # type: ignore[operator]
-                    for name in ("latency_p50_s", "latency_p99_s")]  # fmt: skip
+                    for name in ("latency_p50_s", "latency_p99_s", "gap_p99_s")]  # fmt: skip
     share = row["share_drafting"]
     return [row["batch_size"], row["contender"], f"{row['tokens_per_s']:.0f}", f"{row['ratio_to_plain']:.2f}",
             f"{low:.2f} to {high:.2f}", *("" if one is None else one for one in milliseconds),
@@ -148,15 +150,16 @@ def main() -> None:
     for batch_size in BATCH_SIZES:
         rows += measure(model, prompts, batch_size=batch_size, num_rounds=args.num_rounds,
                         max_new_tokens=args.max_new_tokens)  # fmt: skip
-        print(markdown_table(["", *[""] * 8], [describe(row) for row in rows[-4:]]), flush=True)
+        print(markdown_table(["", *[""] * 9], [describe(row) for row in rows[-4:]]), flush=True)
     facts = stamp()
     header = ["batch", "contender", "tokens/s", "ratio to plain", "95% interval", "p50 ms a token", "p99 ms a token",
+              "p99 ms between emissions",
               "steps that drafted", "texts equal plain's"]  # fmt: skip
     text = "\n\n".join([
         "# Batches", stamp_text(facts),
         f"The bundled model, greedy, {args.max_new_tokens} tokens a text, {args.num_rounds} rounds; tokens a second "
-        "span prefill and decoding; ratios are medians over rounds, intervals bootstrap their mean. Latency is the "
-        "time between two emissions of a text, shared by the tokens of the second.",
+        "span prefill and decoding; ratios are means over rounds, with a bootstrap interval. Latency is the time "
+        "between two emissions of a text, shared by the tokens of the second; beside it, the time not shared.",
         markdown_table(header, [describe(row) for row in rows]),
         "`kangaroo` adapts the depth of its drafts to what steps of the batch size cost (engine/pace.py); transformers "
         "pads prompts on the left and does not promise plain's texts.",

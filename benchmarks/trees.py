@@ -36,7 +36,7 @@ def main() -> None:
     for eta in ETAS:
         for num_siblings in NUM_SIBLINGS:
             settings = KangarooSettings(eta=eta, num_siblings=num_siblings)
-            llm = LLM(model, build_drafter(model, settings), pace=Pace() if num_siblings > 1 else None)
+            llm = LLM(model, build_drafter(model, settings), pace=Pace())
             contenders.append(KangarooContender(f"{num_siblings} {eta}", llm))
     runs = interleave(contenders, prompts, num_rounds=args.num_rounds, max_new_tokens=128)
     rows = compare(runs, "plain")
@@ -53,7 +53,8 @@ def main() -> None:
     facts = stamp()
     text = "\n\n".join([
         "# Trees against chains", stamp_text(facts),
-        f"The bundled model and adapter, greedy, {args.dtype}, {len(prompts)} prompts, 128 tokens. A node joins a tree "
+        f"The bundled model and adapter, greedy, {args.dtype}, {len(prompts)} prompts, 128 tokens, all contenders with "
+        "the pace that LLM.from_pretrained gives them (engine/pace.py). A node joins a tree "
         "where its chance of being accepted exceeds the measured price of verifying one more row.",
         markdown_table(["siblings", "eta", "nodes drafted a step", "tokens a step", "to the chain at eta 0.3",
                         "speedup over plain", "texts equal plain's"], cells),
