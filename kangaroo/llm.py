@@ -74,7 +74,7 @@ class LLM:
 
     @overload
     def generate(
-        self, prompts: list[str] | list[Sequence[int]], params: SamplingParams | None = None
+        self, prompts: list[str] | list[list[int]] | list[Sequence[int]], params: SamplingParams | None = None
     ) -> list[Completion]: ...
 
     def generate(self, prompts: Prompts, params: SamplingParams | None = None) -> Completion | list[Completion]:
@@ -82,12 +82,12 @@ class LLM:
 
         One prompt gives one completion; a list of prompts, or one with params.n above 1, gives a list: n completions
         of the first prompt, then those of the second. An error in one of several requests ends that one alone: its
-        completion says so. Raises PromptError or SettingsError where a request cannot be taken.
+        completion says so. Raises PromptError, SettingsError or QueueFullError where a request cannot be taken.
         """
         params = params or SamplingParams()
         if isinstance(prompts, str) or not prompts or isinstance(prompts[0], int):
             begun = self.submit(prompts, params)  # type: ignore[arg-type]
-            completions = self._finish(begun)
+            completions = self._finish(begun, num_each=params.n)
             return completions[0] if params.n == 1 else completions
         begun = []
         try:
@@ -96,7 +96,7 @@ class LLM:
         except BaseException:
             self._abandon(begun)
             raise
-        return self._finish(begun, show_progress=True)
+        return self._finish(begun, num_each=params.n, show_progress=True)
 
     def stream(
         self, prompt: str | Sequence[int], params: SamplingParams | None = None
@@ -108,36 +108,31 @@ class LLM:
         params = params or SamplingParams()
         if params.n != 1:
             raise SettingsError(f"n must be 1 to stream one text, got {params.n}; use generate()")
-        request = self.request(prompt, params)
-        decoding = self.engine.submit(request, TextStream(self.model.tokenizer, params.stop))
-        try:
-            while not decoding.new_tokens and decoding.finish_reason is None:
-                self.engine.step()
-        except BaseException:
-            self.engine.cancel(decoding)
-            raise
-        return self._stream(decoding)
+        stream = self._stream(self.engine.submit(*self.prepare(prompt, params)))
+        # Up to its first token; from here on closing it frees the slot, whether or not it was read.
+        next(stream)
+        return stream  # type: ignore[return-value]
 
     def default_params(self) -> SamplingParams:
         """The sampling settings that the checkpoint recommends; nothing uses them unless it is asked to."""
         return SamplingParams(**self.model.sampling_defaults())
 
-    def request(self, prompt: str | Sequence[int], params: SamplingParams) -> Request:
-        """The request that continues a prompt."""
+    def prepare(self, prompt: str | Sequence[int], params: SamplingParams) -> tuple[Request, TextStream]:
+        """What Engine.submit and AsyncEngine.submit take to continue a prompt: the request, and its text to come."""
         token_ids = self.model.tokenizer.encode(prompt) if isinstance(prompt, str) and prompt else prompt
-        return Request(tuple(token_ids), params, self.model.eos_ids)  # type: ignore[arg-type]
+        request = Request(tuple(token_ids), params, self.model.eos_ids)  # type: ignore[arg-type]
+        return request, TextStream(self.model.tokenizer, params.stop)
 
     def submit(self, prompt: str | Sequence[int], params: SamplingParams) -> list[Decoding]:
         """Queue params.n texts of a prompt, each with a seed of its own; engine.step() decodes them."""
         seed = draw_seed() if params.seed is None else params.seed
-        request = self.request(prompt, params)
         begun: list[Decoding] = []
         try:
             for index in range(params.n):
-                own = replace(request, params=replace(params, seed=derive_seed(seed, index)))
+                own = replace(params, n=1, seed=derive_seed(seed, index))
+                request, text = self.prepare(prompt, own)
                 # A text is decoded as it comes only for what may end it.
-                text = TextStream(self.model.tokenizer, params.stop) if params.stop else None
-                begun.append(self.engine.submit(own, text))
+                begun.append(self.engine.submit(request, text if own.stop else None))
         except BaseException:
             self._abandon(begun)
             raise
@@ -168,9 +163,13 @@ class LLM:
             accepted_lengths=tuple(decoding.accepted_lengths),
         )
 
-    def _stream(self, decoding: Decoding) -> Generator[Token, None, Completion]:
+    def _stream(self, decoding: Decoding) -> Generator[Token | None, None, Completion]:
+        """None once the prompt is read, then the tokens."""
         num_yielded = 0
         try:
+            while not decoding.new_tokens and decoding.finish_reason is None:
+                self.engine.step()
+            yield None
             while True:
                 # While the reader of this stream is elsewhere, other requests' steps go on with it.
                 while tokens := decoding.emitted(num_yielded):
@@ -183,7 +182,7 @@ class LLM:
         finally:
             self.engine.cancel(decoding)
 
-    def _finish(self, begun: list[Decoding], *, show_progress: bool = False) -> list[Completion]:
+    def _finish(self, begun: list[Decoding], *, num_each: int, show_progress: bool = False) -> list[Completion]:
         try:
             if show_progress:
                 self._run_with_progress(begun)
@@ -194,7 +193,6 @@ class LLM:
         if not show_progress:
             for decoding in begun:
                 _raise_error(decoding)
-        num_each = begun[0].request.params.n if begun else 1
         return [self.completion(decoding, index=index % num_each) for index, decoding in enumerate(begun)]
 
     def _run_with_progress(self, begun: list[Decoding]) -> None:

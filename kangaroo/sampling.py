@@ -22,7 +22,7 @@ from kangaroo.types import SamplingParams, TokenLogprobs
 Array = NDArray[Any]
 
 # Numbers for derive_seed of what else needs randomness: far above any count of completions.
-DRAFT_STREAM, ACCEPT_STREAM, RESIDUAL_STREAM = 2**62 + 1, 2**62 + 2, 2**62 + 3
+DRAFT_STREAM = 2**62 + 1
 
 _NUM_BLOCKS = 2048  # of a long row, whose largest logits bound the largest of the row
 _NUM_LEADERS = 256  # logits whose noise sets the score that all others have to beat
@@ -105,9 +105,11 @@ def process(logits: Tensor, params: SamplingParams, *, prefix: Prefix, drafted: 
 def distribution(logits: Tensor, params: SamplingParams, *, prefix: Prefix, drafted: Sequence[int] = ()) -> Array:
     """Probabilities [V], float64, of the row's processed logits: what the rules that reject by chance compare."""
     row = process(logits, params, prefix=prefix, drafted=drafted).cpu().numpy().astype(np.float64)
+    if row.max() == -np.inf:
+        # As choose() has it where every token was removed.
+        row[0] = 0.0
     weights: Array = np.exp(row - row.max())
-    weights /= weights.sum()
-    return weights
+    return weights / weights.sum()  # type: ignore[no-any-return]
 
 
 def choose(logits: Tensor, params: SamplingParams, *, prefix: Prefix, drafted: Sequence[int] = ()) -> int:

@@ -90,7 +90,7 @@ class SamplingParams:
                 all(_is_token(token) and (abs(bias) <= 1e9 or bias == -math.inf) for token, bias in biases.items()),
                 "token ids of 0 or above with biases in [-1e9, 1e9] or -inf",
             ),
-            "n": (self.n >= 1, "at least 1"),
+            "n": (1 <= self.n <= 1024, "in 1..1024"),
             "stop": (all(isinstance(text, str) and text for text in self.stop), "texts that are not empty"),
             "stop_token_ids": (all(map(_is_token, self.stop_token_ids)), "token ids of 0 or above"),
             "min_new_tokens": (

@@ -25,7 +25,7 @@ from kangaroo.llm import LLM, build_drafter
 from kangaroo.model.checkpoint import load_model
 from kangaroo.model.config import ModelConfig
 from kangaroo.model.weights import save_checkpoint
-from kangaroo.types import Completion, Draft, SamplingParams, Token
+from kangaroo.types import Completion, Draft, Request, SamplingParams, Token
 from tests.tiny import VOCAB_SIZE, save_tiny_tokenizer, tiny_raw_config, tiny_transformer
 
 EXIT_LAYER, EOS_ID = 2, VOCAB_SIZE - 1
@@ -243,7 +243,9 @@ def test_eos_of_the_checkpoint_ends_the_text_unless_ignored(tmp_path: Path, plai
 def test_kangaroo_emits_the_plain_text_in_every_dtype(model: Path, dtype: str, temperature: float) -> None:
     params = SamplingParams(max_new_tokens=24, temperature=temperature, seed=5)
     expected = LLM.from_pretrained(str(model), "plain", dtype=dtype).generate(PROMPT, params)
-    drafted = LLM.from_pretrained(str(model), KangarooSettings(eta=0.0), dtype=dtype).generate(PROMPT, params)
+    loaded = load_model(str(model), dtype=dtype)
+    # Without a pace, which might draft too little to see both.
+    drafted = LLM(loaded, build_drafter(loaded, KangarooSettings(eta=0.0))).generate(PROMPT, params)
     assert drafted.token_ids == expected.token_ids
     assert drafted.text == expected.text
     assert drafted.num_accepted > 0
@@ -567,3 +569,17 @@ def test_dtype_and_weights_exclude_each_other(model: Path) -> None:
         load_model(str(model), dtype="bfloat16", weights="int8")
     with pytest.raises(SettingsError, match="weights must be int8 or left out, got int4"):
         load_model(str(model), weights="int4")
+
+
+def test_stream_that_is_closed_unread_leaves_nothing_behind(kangaroo: LLM) -> None:
+    before = kangaroo.engine.scheduler.num_free_slots
+    stream = kangaroo.stream(PROMPT, SamplingParams(max_new_tokens=30))
+    assert kangaroo.engine.scheduler.num_free_slots == before - 1
+    stream.close()
+    assert kangaroo.engine.scheduler.num_free_slots == before
+
+
+@pytest.mark.parametrize(("params", "fragment"), [({"stop": "x"}, "TextStream"), ({"n": 2}, "n must be 1")])
+def test_engine_refuses_what_one_request_cannot_give(plain: LLM, params: dict[str, Any], fragment: str) -> None:
+    with pytest.raises(SettingsError, match=fragment):
+        plain.engine.submit(Request((1, 2), SamplingParams(**params)))

@@ -14,13 +14,12 @@ from hypothesis import strategies as st
 from transformers.generation import logits_process as theirs
 
 from kangaroo.sampling import (
-    ACCEPT_STREAM,
     DRAFT_STREAM,
-    RESIDUAL_STREAM,
     Prefix,
     choose,
     choose_children,
     derive_seed,
+    distribution,
     draw_seed,
     gumbel_noise,
     logprobs_of,
@@ -387,7 +386,7 @@ def test_seed_and_position_both_change_what_is_drawn() -> None:
 
 
 def test_derived_seeds_are_distinct_in_range_and_start_with_the_seed_itself() -> None:
-    indices = [*range(200), DRAFT_STREAM, ACCEPT_STREAM, RESIDUAL_STREAM]
+    indices = [*range(200), DRAFT_STREAM]
     for seed in (0, 1, 41, 2**63 - 1):
         assert derive_seed(seed, 0) == seed
     derived = {derive_seed(seed, index) for seed in (0, 1, 41, 2**63 - 1) for index in indices}
@@ -422,3 +421,12 @@ def test_no_alternatives_are_reported_where_only_the_chosen_one_was_asked_for() 
     found = logprobs_of(torch.zeros(4), SamplingParams(logprobs=0), token=2, prefix=prefix_of([0]))
     assert (found.token_id, found.top) == (2, ())
     assert found.logprob == pytest.approx(-math.log(4))
+
+
+def test_where_every_token_is_forbidden_the_distribution_is_on_what_choose_picks() -> None:
+    params = SamplingParams(temperature=0.8, seed=1, logit_bias=dict.fromkeys(range(8), -math.inf))
+    prefix = Prefix([1, 2], stop_ids=frozenset())
+    picked = choose(torch.randn(8), params, prefix=prefix)
+    assert distribution(torch.randn(8), params, prefix=prefix).tolist() == [
+        float(token == picked) for token in range(8)
+    ]

@@ -143,6 +143,9 @@ def generate(
     settings = drafting.drafter_settings(drafter, flags)
     if system is not None and not chat:
         raise usage_error("--system", "it does nothing without --chat; add that or leave it out")
+    if sampling_defaults == "none" and prompts is None and not temperature:
+        for name in sampling.ONLY_SAMPLED & given.keys():
+            raise usage_error(f"--{name.replace('_', '-')}", "it does nothing at temperature 0; add --temperature")
     if logprobs is not None and not json_output and prompts is None:
         raise usage_error("--logprobs", "they are told in JSON only; add --json")
 

@@ -121,6 +121,10 @@ IgnoreEos = Annotated[
 ]
 
 
+# Settings that greedy decoding does not read.
+ONLY_SAMPLED = {"top_k", "top_p", "min_p", "acceptance"}
+
+
 def given_sampling(flags: Mapping[str, Any], *, logit_bias: Sequence[str] | None) -> dict[str, Any]:
     """The fields that flags say; raises a usage error for flags that make no sense, SettingsError for bad values."""
     given = {name: value for name, value in flags.items() if value is not None and value != []}

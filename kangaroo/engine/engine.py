@@ -49,10 +49,14 @@ class Engine:
         """Take a request, to be decoded by the steps that follow; a seed is drawn for one that has none.
 
         text: follows the tokens; stop strings need one. Raises PromptError where the prompt is empty, leaves no room
-        in the context, or holds unknown ids, SettingsError for a token id of its params that is unknown, and
+        in the context, or holds unknown ids, SettingsError for what its params ask that this cannot give, and
         QueueFullError.
         """
         self._check(request)
+        if request.params.stop and text is None:
+            raise SettingsError("stop strings need the text to be followed: give submit() a TextStream")
+        if request.params.n != 1:
+            raise SettingsError(f"n must be 1 for one request, got {request.params.n}; submit one for every text")
         if request.params.seed is None:
             request = replace(request, params=replace(request.params, seed=draw_seed()))
         # The last token of a text is never run, so a full context still admits one more.
@@ -68,9 +72,9 @@ class Engine:
         """
         started_s = self._now_s()
         with self._mode:
-            self._admit()
+            changed = self._admit()
             decoding = [one for one in self.scheduler.running if not one.is_reading]
-            changed = self._read(started_s)
+            changed += self._read(started_s)
             if decoding:
                 self._decode(decoding)
                 elapsed_s = self._now_s() - started_s
@@ -93,10 +97,20 @@ class Engine:
             decoding.finish("cancelled")
             self._release(decoding)
 
-    def _admit(self) -> None:
+    def _admit(self) -> list[Decoding]:
+        """Give free slots to those that wait; returns those there was no room for after all."""
         admitted = self.scheduler.admit()
-        if not admitted:
-            return
+        try:
+            if admitted:
+                self._make_room(admitted)
+        except Exception as error:  # above all no memory for their caches, which is not for the others to suffer
+            for decoding in admitted:
+                decoding.fail(error)
+                self._release(decoding)
+            return admitted
+        return []
+
+    def _make_room(self, admitted: SequenceOf[Decoding]) -> None:
         num_slots = max(one.max_tokens for one in admitted) + MAX_NODES
         num_slots = max(-(-num_slots // SLOT_BLOCK) * SLOT_BLOCK, self._cache.num_slots)
         sequences = [_sequence(one) for one in admitted]

@@ -21,8 +21,8 @@ MIN_PATIENCE, MAX_PATIENCE = 8, 128
 CHOOSE_EVERY = 8
 # Times a median is taken of, and how many of them the first comparison needs of either kind.
 RUN_LENGTH, NUM_NEEDED = 8, 3
-# Comparisons that count.
-NUM_RATIOS = 5
+# Comparisons that count, and drafts that do.
+NUM_RATIOS, NUM_DRAFTS = 5, 64
 # Batch sizes this close share their times until each has its own.
 MAX_RATIO = 1.5
 # Depths to choose from besides what the drafter itself would do.
@@ -33,24 +33,23 @@ class _Load:
     """What drafted steps take at one batch size, in plain steps: only steps close to each other are compared."""
 
     def __init__(self) -> None:
-        # By the depth that drafts were bounded to.
+        # By the depth that drafts were bounded to, 0 for plain steps: the latest times, with when they were taken.
+        self._times: dict[int, deque[tuple[int, float]]] = {}
         self._ratios: dict[int, deque[float]] = {}
-        self._plain = _Times()
-        self._drafted: dict[int, _Times] = {}
         self._num_steps = self._last_bound = 0
 
     @property
     def is_known(self) -> bool:
-        return self.ratio(MAX_NODES) is not None
+        return MAX_NODES in self._ratios
 
     @property
     def plain_s(self) -> float:
         """The time of a plain step, when one was last run."""
-        return median(self._plain.values_s)
+        return median(time_s for _, time_s in self._times[0])
 
     def needs_plain(self) -> bool:
         """Whether too few plain steps were timed to compare with."""
-        return len(self._plain.values_s) < NUM_NEEDED
+        return len(self._times.get(0, ())) < NUM_NEEDED
 
     def ratio(self, bound: int) -> float | None:
         """Plain steps that one drafted to this depth takes, None where it was not measured."""
@@ -59,35 +58,21 @@ class _Load:
     def add(self, bound: int, time_s: float) -> None:
         """Count a step whose drafts were at most so deep, 0 for a plain one."""
         self._num_steps += 1
-        (self._drafted.setdefault(bound, _Times()) if bound else self._plain).add(self._num_steps, time_s)
-        has_turned, depth = bool(bound) != bool(self._last_bound), bound or self._last_bound
+        self._times.setdefault(bound, deque(maxlen=RUN_LENGTH)).append((self._num_steps, time_s))
+        has_turned, depth = bound != self._last_bound, bound or self._last_bound
         self._last_bound = bound
         if depth == 0:
             return
-        drafted_s, plain_s = (times.recent(self._num_steps) for times in (self._drafted[depth], self._plain))
-        # The first comparison rests on several steps of both; later ones are made where one kind follows the other.
+        drafted_s, plain_s = self._recent_s(depth), self._recent_s(0)
+        # The first comparison rests on several steps of both; later ones are made where one kind follows another.
         is_due = has_turned if depth in self._ratios else len(drafted_s) >= NUM_NEEDED
         if is_due and drafted_s and plain_s:
             ratios = self._ratios.setdefault(depth, deque(maxlen=NUM_RATIOS))
             ratios.append(median(drafted_s) / median(plain_s))
 
-
-class _Times:
-    """The latest times of one kind of step, with when they were taken."""
-
-    def __init__(self) -> None:
-        self._taken: deque[tuple[int, float]] = deque(maxlen=RUN_LENGTH)
-
-    @property
-    def values_s(self) -> list[float]:
-        return [time_s for _, time_s in self._taken]
-
-    def add(self, step: int, time_s: float) -> None:
-        self._taken.append((step, time_s))
-
-    def recent(self, step: int) -> list[float]:
-        """Those of the last steps before this one."""
-        return [time_s for taken, time_s in self._taken if step - taken <= PROBE_EVERY + RUN_LENGTH]
+    def _recent_s(self, bound: int) -> list[float]:
+        oldest = self._num_steps - PROBE_EVERY - RUN_LENGTH
+        return [time_s for taken, time_s in self._times.get(bound, ()) if taken >= oldest]
 
 
 class Pace:
@@ -102,10 +87,12 @@ class Pace:
         self._loads: dict[int, _Load] = {}
         self._verify_s: dict[int, deque[float]] = {}
         # Tokens drafted and accepted where nothing but the drafter bounded the draft.
-        self._drafts: deque[tuple[int, int]] = deque(maxlen=64)
+        self._drafts: deque[tuple[int, int]] = deque(maxlen=NUM_DRAFTS)
+        # The same of drafts that the limit cut short, since it was set.
+        self._cut_drafts: deque[tuple[int, int]] = deque(maxlen=NUM_DRAFTS)
         self._has_trees = False
         self._batch_size = self._since_choice = self._since_probe = 0
-        self._limit = self._granted = MAX_NODES
+        self._limit = self._granted = self._last_probe = MAX_NODES
         self._patience = MIN_PATIENCE
         self._drafting: set[Sequence] = set()
         self._is_steady = False
@@ -133,8 +120,8 @@ class Pace:
             self._verify_s.setdefault(num_rows, deque(maxlen=RUN_LENGTH)).append(verify_time_s)
         for parents, path in zip(draft.parents, outcome.paths, strict=True):
             self._has_trees |= not is_chain(parents)
-            if self._granted == MAX_NODES:
-                self._drafts.append((len(parents) - 1, len(path) - 1))
+            drafts = self._drafts if self._granted == MAX_NODES else self._cut_drafts
+            drafts.append((len(parents) - 1, len(path) - 1))
 
     def _decide(self, num_sequences: int) -> int:
         if num_sequences != self._batch_size:
@@ -145,7 +132,8 @@ class Pace:
             return 0 if self._loads.setdefault(num_sequences, _Load()).needs_plain() else MAX_NODES
         self._since_choice += 1
         if self._since_choice >= CHOOSE_EVERY:
-            self._since_choice, self._limit = 0, self._choose(load)
+            self._since_choice = 0
+            self._turn(self._choose(load))
             self.node_price = self._price_node(load)
         self._since_probe += 1
         if self._limit:
@@ -153,7 +141,9 @@ class Pace:
             if self._since_probe < PROBE_EVERY:
                 return self._limit
             self._since_probe = 0
-            return 0
+            # Beside plain steps, whole drafts now and then show what those that are cut short cannot.
+            self._last_probe = MAX_NODES if self._last_probe == 0 and self._limit != MAX_NODES else 0
+            return self._last_probe
         if self._since_probe < self._patience:
             return 0
         if self._since_probe > self._patience:
@@ -161,6 +151,17 @@ class Pace:
             self._since_probe, self._since_choice = 0, CHOOSE_EVERY
             self._patience = min(2 * self._patience, MAX_PATIENCE)
         return MAX_NODES
+
+    def _turn(self, limit: int) -> None:
+        if limit == self._limit:
+            return
+        if limit == 0:
+            self._since_probe = 0
+        if limit != MAX_NODES:
+            # What deeper drafts would have brought before counts less than what was seen since.
+            self._drafts.extend(self._cut_drafts)
+        self._cut_drafts.clear()
+        self._limit = limit
 
     def _nearest_known(self, num_sequences: int) -> _Load | None:
         known = [size for size, load in self._loads.items() if load.is_known]
@@ -180,10 +181,13 @@ class Pace:
         if gain >= (1 / MIN_GAIN if self._limit == MAX_NODES else MIN_GAIN):
             return MAX_NODES
         best, best_gain = 0, MIN_GAIN
-        num_whole = mean(depth for depth, _ in self._drafts)
+        num_drafted = sum(depth for depth, _ in self._drafts)
         for bound in () if self._has_trees else SHALLOW:
-            num_emitted = 1 + mean(min(accepted, bound) for _, accepted in self._drafts)
-            share = mean(min(depth, bound) for depth, _ in self._drafts) / num_whole
+            # Drafts that were cut no shallower than here show the same as whole ones do, and are newer.
+            seen = [*self._drafts, *(self._cut_drafts if bound <= self._limit else ())][-NUM_DRAFTS:]
+            num_emitted = 1 + mean(min(accepted, bound) for _, accepted in seen)
+            # A batch of many sequences may have drafted for few, none of them among those remembered.
+            share = sum(min(depth, bound) for depth, _ in self._drafts) / max(1, num_drafted)
             gain = num_emitted / (load.ratio(bound) or 1 + share * (whole - 1))
             if gain > best_gain:
                 best, best_gain = bound, gain

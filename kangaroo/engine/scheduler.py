@@ -21,7 +21,7 @@ class Limits:
     one, None for any number. max_context: tokens a text may hold, prompt included; None for the model's context.
     """
 
-    max_batch_size: int = 1
+    max_batch_size: int = 8
     max_waiting: int | None = None
     max_context: int | None = None
 

@@ -95,7 +95,7 @@ def verify_draft(batch: Batch, drafter: Drafter, *, draft: Draft) -> Outcome:
 class _Choices:
     """What the target says behind the nodes [R, D] of a pass, worked out only where it is asked.
 
-    Where every request takes the plain argmax, one fused call answers for all nodes.
+    For requests that take the plain argmax, one fused call answers for all nodes.
     """
 
     def __init__(
@@ -103,20 +103,30 @@ class _Choices:
     ) -> None:
         self._sequences = sequences
         self._first_rows = [sum(num_nodes[:row]) for row in range(len(num_nodes))]
-        self._ids: list[int] | None = None
+        # Of every row its argmax, or where its logits are.
+        self._ids: list[int] = []
+        self._places: list[int] = []
         self._logits: Tensor | None = None
-        if any(needs_logits(sequence.request.params) for sequence in sequences):
-            self._logits = target.logits(hidden)
-        else:
+        wanting = [needs_logits(sequence.request.params) for sequence in sequences]
+        if not any(wanting):
             self._ids = target.argmax(hidden).tolist()
+            return
+        rows = [want for want, count in zip(wanting, num_nodes, strict=True) for _ in range(count)]
+        with_logits, others = ([row for row, want in enumerate(rows) if want is kind] for kind in (True, False))
+        self._logits = target.logits(hidden if not others else hidden[with_logits])
+        ids = target.argmax(hidden[others]).tolist() if others else []
+        self._ids, self._places = [-1] * len(rows), [-1] * len(rows)
+        for place, row in enumerate(with_logits):
+            self._places[row] = place
+        for token, row in zip(ids, others, strict=True):
+            self._ids[row] = token
 
     def pick(self, index: int) -> Callable[[int, SequenceOf[int]], int]:
         """The target's choice behind a node of the index-th sequence, given the drafted tokens on the way to it."""
         first = self._first_rows[index]
-        if self._ids is not None:
-            ids = self._ids
+        sequence, ids = self._sequences[index], self._ids
+        if not needs_logits(sequence.request.params):
             return lambda node, drafted: ids[first + node]
-        sequence = self._sequences[index]
 
         def pick(node: int, drafted: SequenceOf[int]) -> int:
             token = choose(self.logits(index, node), sequence.request.params, prefix=sequence.prefix, drafted=drafted)
@@ -128,7 +138,7 @@ class _Choices:
     def logits(self, index: int, node: int) -> Tensor:
         """The logits [V] behind a node."""
         assert self._logits is not None, "only the argmax was computed"
-        return self._logits[self._first_rows[index] + node]
+        return self._logits[self._places[self._first_rows[index] + node]]
 
     def record(self, index: int, node: int, *, token: int, drafted: SequenceOf[int]) -> None:
         """Keep the token's log-probability with its sequence if the request asks for it."""

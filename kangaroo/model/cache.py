@@ -56,12 +56,15 @@ class KVCache:
         self.truncate(sequence, self.lengths[sequence] + len(path))
 
     def _grow(self, num_sequences: int, num_slots: int) -> None:
-        held, self.num_slots = len(self.lengths), num_slots
-        for stored in (self.keys, self.values):
-            for layer_id, old in enumerate(stored):
-                new = old.new_zeros(num_sequences, old.shape[1], num_slots, old.shape[3])
-                new[:held, :, : old.shape[2]] = old
-                stored[layer_id] = new
+        held = len(self.lengths)
+        grown = []
+        for old in (*self.keys, *self.values):
+            new = old.new_zeros(num_sequences, old.shape[1], num_slots, old.shape[3])
+            new[:held, :, : old.shape[2]] = old
+            grown.append(new)
+        # Only now, when there was memory for all of it.
+        self.keys, self.values = grown[: len(self.keys)], grown[len(self.keys) :]
+        self.num_slots = num_slots
 
     def compact(self, sequence: int, path: list[int]) -> None:
         """Move the rows path behind the committed slots, in order."""

@@ -44,7 +44,8 @@ class LoadedModel:
     def sampling_defaults(self) -> dict[str, Any]:
         """The fields of SamplingParams that generation_config.json recommends, {} where there are none.
 
-        do_sample false makes the temperature 0; do_sample true without a temperature makes it 1, as in transformers.
+        Without do_sample the temperature is 0; with it temperature and top_k are 1 and 50 unless they are there, as in
+        transformers.
         Raises CheckpointError where one is not a number.
         """
         path = self.folder / "generation_config.json"
@@ -54,10 +55,8 @@ class LoadedModel:
             if isinstance(value, bool) or not isinstance(value, Real):
                 raise CheckpointError(f"{path}: {name} must be a number, got {value!r:.60}")
         if content.get("do_sample") is True:
-            found.setdefault("temperature", 1.0)
-        elif content.get("do_sample") is False:
-            found["temperature"] = 0.0
-        return found
+            return {"temperature": 1.0, "top_k": 50} | found
+        return found | {"temperature": 0.0} if found else {}
 
 
 @dataclass(frozen=True)

@@ -31,8 +31,8 @@ class PackedCache(KVCache):
 
     def _grow(self, num_sequences: int, num_slots: int) -> None:
         config, old = self.config, self.storage
-        self.num_slots = num_slots
         self.storage = cpu.Cache(config.num_layers, num_sequences, config.num_kv_heads, num_slots, config.head_dim)
+        self.num_slots = num_slots
         for sequence, length in enumerate(self.lengths):
             self.storage.copy(old, sequence, length)
 

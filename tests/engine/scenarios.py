@@ -110,7 +110,7 @@ class Pace:
         self._num_steps = 0
         self.node_price = 0.0
 
-    def limit(self, num_sequences: int) -> int:
+    def limit(self, sequences: SequenceOf[Sequence]) -> int:
         self._num_steps += 1
         self.node_price = (0.0, 0.05, 0.3)[self._num_steps % 3]
         return self._limits[self._num_steps % len(self._limits)]

@@ -105,7 +105,7 @@ def test_queue_without_a_bound_takes_everybody() -> None:
 
 
 def test_released_place_in_the_queue_is_free_at_once() -> None:
-    scheduler = Scheduler(Limits(max_waiting=1))
+    scheduler = Scheduler(Limits(max_batch_size=1, max_waiting=1))
     begun = enqueue(scheduler, 3, 3)
     scheduler.release(begun[0])
     begun += enqueue(scheduler, 3)
@@ -255,7 +255,7 @@ def test_prompt_read_token_by_token_says_what_one_read_at_once_says(
 
 def test_request_too_many_is_refused_at_once_and_leaves_nothing_behind(target: Transformer) -> None:
     drafter = TextDrafter({}, gamma=2)
-    engine = Engine(target, drafter, limits=Limits(max_waiting=1))
+    engine = Engine(target, drafter, limits=Limits(max_batch_size=1, max_waiting=1))
     running = submit(engine, SamplingParams(max_new_tokens=3))
     engine.step()
     queued = submit(engine, SamplingParams(max_new_tokens=3))
@@ -273,7 +273,7 @@ def test_cancelled_request_makes_room_before_the_next_step(
 ) -> None:
     Reading(monkeypatch, alone=4, interleaved=4)
     drafter = TextDrafter({}, gamma=2)
-    engine = Engine(target, drafter, limits=Limits(max_waiting=1))
+    engine = Engine(target, drafter, limits=Limits(max_batch_size=1, max_waiting=1))
     if state == "waiting":
         submit(engine, SamplingParams(max_new_tokens=6))
         engine.step()

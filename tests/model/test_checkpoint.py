@@ -34,11 +34,11 @@ def recommend(model: LoadedModel, content: object) -> None:
         ({}, {}),
         ([], {}),
         ({"eos_token_id": 1, "max_length": 4096, "top_p": None}, {}),
-        ({"do_sample": True}, {"temperature": 1.0}),
+        ({"do_sample": True}, {"temperature": 1.0, "top_k": 50}),
         ({"do_sample": True, "temperature": 0.6, "top_k": 20}, {"temperature": 0.6, "top_k": 20}),
         ({"do_sample": False, "temperature": 0.6, "top_p": 0.9}, {"temperature": 0.0, "top_p": 0.9}),
-        ({"temperature": 0.6}, {"temperature": 0.6}),
-        ({"min_p": 0.1, "repetition_penalty": 1.05}, {"min_p": 0.1, "repetition_penalty": 1.05}),
+        ({"temperature": 0.6}, {"temperature": 0.0}),
+        ({"min_p": 0.1, "repetition_penalty": 1.05}, {"min_p": 0.1, "repetition_penalty": 1.05, "temperature": 0.0}),
     ],
 )
 def test_recommended_fields_are_those_of_the_generation_config(
