@@ -61,7 +61,7 @@ fi
 
 # Training recommends by a cost model; these are what benchmarks/decode_cpu.py measured as fast for this adapter.
 $python -c 'import json, sys
-config = json.load(open(sys.argv[1])) | {"gamma": 6, "eta": 0.3}
+config = json.load(open(sys.argv[1])) | {"gamma": 6, "eta": 0.15}
 open(sys.argv[1], "w").write(json.dumps(config, indent=2) + "\n")' $adapter/config.json
 
 # On the same text and as much of it as the adapter, so that the two can be compared.
