@@ -5,8 +5,10 @@ Those that are not this package are optional: building one raises KangarooError 
 
 from __future__ import annotations
 
+import contextlib
 import json
 import os
+import signal
 import subprocess
 import sys
 import tempfile
@@ -174,6 +176,7 @@ class VllmContender:
                 stdout=subprocess.PIPE,
                 env=_vllm_environment(python, num_threads=torch.get_num_threads(), is_tuned=is_tuned),
                 text=True,
+                start_new_session=True,
             )
         except OSError as error:
             raise KangarooError(f"no Python to run vLLM with at {python}: {error.strerror}; {_VLLM_HINT}") from error
@@ -286,7 +289,9 @@ def _vllm_environment(python: Path, *, num_threads: int, is_tuned: bool) -> dict
 
 
 def _stop(worker: subprocess.Popen[str]) -> None:
-    worker.kill()
+    # With what it started: vLLM's own workers would live on.
+    with contextlib.suppress(ProcessLookupError):
+        os.killpg(worker.pid, signal.SIGKILL)
     worker.wait()
     for stream in (worker.stdin, worker.stdout):
         if stream is not None:
