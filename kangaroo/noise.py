@@ -10,7 +10,7 @@ import numpy as np
 from numpy.typing import NDArray
 
 # Constants of the splitmix64 finaliser (Steele, Lea, Flood 2014).
-_GOLDEN, _MIX_1, _MIX_2 = 0x9E3779B97F4A7C15, 0xBF58476D1CE4E5B9, 0x94D049BB133111EB
+GOLDEN, _MIX_1, _MIX_2 = 0x9E3779B97F4A7C15, 0xBF58476D1CE4E5B9, 0x94D049BB133111EB
 
 
 def bound_hash(to_beat: float, bound: float) -> np.uint64:
@@ -25,8 +25,8 @@ def hash_tokens(token_ids: NDArray[Any], *, seed: int, position: int) -> NDArray
     """64 random bits [K] for token ids [K]."""
     key = mix(mix(seed) + position)
     state = token_ids.astype(np.uint64)
-    state *= np.uint64(_GOLDEN)
-    state += np.uint64((key * _GOLDEN + _MIX_2) % 2**64)
+    state *= np.uint64(GOLDEN)
+    state += np.uint64((key * GOLDEN + _MIX_2) % 2**64)
     state ^= state >> np.uint64(30)
     state *= np.uint64(_MIX_1)
     state ^= state >> np.uint64(27)
@@ -36,8 +36,12 @@ def hash_tokens(token_ids: NDArray[Any], *, seed: int, position: int) -> NDArray
 
 
 def mix(state: int) -> int:
-    """The splitmix64 output function, which hash_tokens applies to arrays."""
-    state = (state * _GOLDEN + _MIX_2) % 2**64
+    """A hash of 64 bits, which hash_tokens applies to arrays."""
+    return finalize((state * GOLDEN + _MIX_2) % 2**64)
+
+
+def finalize(state: int) -> int:
+    """The finaliser of splitmix64, which spreads every bit of a 64-bit state over all others."""
     state = (state ^ state >> 30) * _MIX_1 % 2**64
     state = (state ^ state >> 27) * _MIX_2 % 2**64
     return state ^ state >> 31

@@ -71,6 +71,11 @@ class SamplingParams:
             if not is_allowed:
                 raise SettingsError(f"{name} must be {allowed}, got {getattr(self, name)!r}")
 
+    @property
+    def rule(self) -> Literal["coupling", "rejection", "block"]:
+        """The rule of acceptance at work: greedy choices leave nothing to chance."""
+        return self.acceptance if self.temperature > 0 else "coupling"
+
     def _check(self) -> dict[str, tuple[bool, str]]:
         """For each setting whether its value is allowed, and which values are."""
         # The bounds of temperature, repetition_penalty and logit_bias keep every logit finite in float32.

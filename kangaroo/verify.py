@@ -20,11 +20,11 @@ import numpy as np
 from numpy.typing import NDArray
 
 from kangaroo.errors import SettingsError
+from kangaroo.noise import GOLDEN, finalize
 
 Distribution = NDArray[np.float64]  # [V] probabilities, summing to 1
 
 _ACCEPT, _RESIDUAL = 1, 2
-_WORD = 2**64 - 1
 
 
 @dataclass(frozen=True)
@@ -185,7 +185,4 @@ def _sample(weights: Distribution, uniform: float) -> int:
 
 def _splitmix64(state: int) -> int:
     """The first output of splitmix64 seeded with state (Steele, Lea, Flood 2014)."""
-    state = (state + 0x9E3779B97F4A7C15) & _WORD
-    state = ((state ^ state >> 30) * 0xBF58476D1CE4E5B9) & _WORD
-    state = ((state ^ state >> 27) * 0x94D049BB133111EB) & _WORD
-    return state ^ state >> 31
+    return finalize((state + GOLDEN) % 2**64)

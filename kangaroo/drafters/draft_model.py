@@ -14,9 +14,9 @@ import torch
 from torch import Tensor
 
 from kangaroo.drafters.base import MAX_NODES, Batch, Sequence, draft_roots, place_nodes
-from kangaroo.drafters.growing import Growth, add_level, assemble, draw, plant
+from kangaroo.drafters.growing import Growth, assemble, draw, grow_all, likeliest, place_frontier, plant
 from kangaroo.drafters.settings import DraftModelSettings
-from kangaroo.drafters.stopping import ConfidenceThreshold, FixedLength, StoppingPolicy
+from kangaroo.drafters.stopping import StoppingPolicy, choose_stopping
 from kangaroo.drafters.tree import CHAIN, Branching, Guesses
 from kangaroo.errors import CheckpointError, SettingsError
 from kangaroo.kernels import NATIVE
@@ -41,7 +41,7 @@ def build(model: LoadedModel, settings: DraftModelSettings) -> DraftModelDrafter
     """
     if settings.model is None:
         raise SettingsError("drafter draft_model needs the draft model's folder or hub id, got none; set model")
-    policy = ConfidenceThreshold(settings.gamma, settings.eta)
+    stopping = choose_stopping(settings.gamma, settings.eta)
     branching = Branching(settings.num_siblings, settings.max_nodes)
     target = model.target
     storage = _storage(target) if settings.dtype is None else settings.dtype
@@ -54,7 +54,6 @@ def build(model: LoadedModel, settings: DraftModelSettings) -> DraftModelDrafter
         backend=target.backend,
     )
     check_vocabulary(draft, model)
-    stopping = FixedLength(policy.max_length) if policy.eta == 0 else policy
     return DraftModelDrafter(draft.target, target.config.vocab_size, stopping=stopping, branching=branching)
 
 
@@ -106,18 +105,8 @@ class DraftModelDrafter:
         if not growing:
             return draft_roots(batch)
         self._growths.update((growth.sequence, growth) for growth in growing)
-        hidden = self._catch_up(growing)
-        while growing:
-            add_level(
-                growing,
-                self._guess(growing, hidden),
-                branching=self._branching,
-                threshold=self._stopping.threshold,
-                price=batch.node_price,
-            )
-            growing = [growth for growth in growing if growth.tree.frontier]
-            if growing:
-                hidden = self._feed(growing)
+        grow_all(growths, self._guess, branching=self._branching, threshold=self._stopping.threshold,
+                 price=batch.node_price)  # fmt: skip
         return assemble(growths)
 
     def accept(self, sequences: SequenceOf[Sequence], outcome: Outcome) -> None:
@@ -161,12 +150,9 @@ class DraftModelDrafter:
         """Feed every frontier; returns what leaves the draft model, [F, D]."""
         segments, tokens = [], []
         for growth in growths:
-            frontier, tree = growth.tree.frontier, growth.tree
-            segments.append(
-                place_nodes(self._cache, growth.sequence.slot, num_rows=len(frontier), first_node=frontier.start,
-                            parents=tree.parents[: frontier.stop])
-            )  # fmt: skip
-            tokens += tree.tokens[frontier.start : frontier.stop]
+            frontier = growth.tree.frontier
+            segments.append(place_frontier(self._cache, growth))
+            tokens += growth.tree.tokens[frontier.start : frontier.stop]
             growth.fed.update(frontier)
         return self._run(tokens, segments)
 
@@ -178,14 +164,13 @@ class DraftModelDrafter:
         attention = CachedPass(self._cache, segments)
         return model.forward(model.embed(known), (0, model.num_layers), attention=attention)[0]
 
-    def _guess(self, growths: SequenceOf[Growth], hidden: Tensor) -> list[Guesses]:
-        """What may follow every frontier's nodes, by the states [F, D] that left the draft model for them."""
+    def _guess(self, growths: SequenceOf[Growth]) -> list[Guesses]:
+        """Feed every frontier, the texts before the first; returns what may follow the frontiers' nodes."""
+        hidden = self._feed(growths) if growths[0].depth else self._catch_up(growths)
         model, num_siblings = self._model, self._branching.num_siblings
         is_in_range = model.config.vocab_size <= self._vocab_size
         if is_in_range and num_siblings == 1 and not any(needs_logits(growth.params) for growth in growths):
-            ids, confidence = model.guess(hidden, model.final_norm)
-            known = zip(ids.tolist(), confidence.tolist(), strict=True)
-            return [Guesses([token], [chance], chance) for token, chance in known]
+            return likeliest(*model.guess(hidden, model.final_norm))
         logits = model.logits(hidden)[:, : self._vocab_size]
         # Every row as long as the target's, for proposals and for logit_bias.
         num_missing = self._vocab_size - logits.shape[1]

@@ -3,6 +3,7 @@
 Shapes: F frontier nodes of all trees, packed sequence by sequence, V vocabulary.
 """
 
+from collections.abc import Callable
 from collections.abc import Sequence as SequenceOf
 from dataclasses import dataclass, field, replace
 
@@ -10,8 +11,9 @@ import torch
 from numpy import ndarray
 from torch import Tensor
 
-from kangaroo.drafters.base import Sequence
+from kangaroo.drafters.base import Sequence, place_nodes
 from kangaroo.drafters.tree import CHAIN, Branching, Guesses, Tree
+from kangaroo.model.cache import KVCache, Segment
 from kangaroo.sampling import DRAFT_STREAM, choose_children, derive_seed, distribution
 from kangaroo.types import Draft, SamplingParams
 
@@ -35,7 +37,7 @@ class Growth:
     @property
     def is_coupled(self) -> bool:
         """Whether guesses share the target's noise, and need not tell what they were drawn from."""
-        return self.params.acceptance == "coupling" or self.params.temperature == 0
+        return self.params.rule == "coupling"
 
 
 def plant(sequence: Sequence, max_depth: int) -> Growth:
@@ -86,6 +88,31 @@ def add_level(
             is_last=growth.depth >= growth.max_depth,
         )
         first += count
+
+
+def grow_all(
+    growths: SequenceOf[Growth], guess: Callable[[list[Growth]], list[Guesses]], *, branching: Branching,
+    threshold: float, price: float
+) -> None:  # fmt: skip
+    """Add levels to all trees until none has a frontier; guess says what may follow the frontiers of those that have.
+
+    Trees that still grow are equally deep. The other arguments are those of Tree.grow().
+    """
+    growing = [growth for growth in growths if growth.max_depth > 0]
+    while growing:
+        add_level(growing, guess(growing), branching=branching, threshold=threshold, price=price)
+        growing = [growth for growth in growing if growth.tree.frontier]
+
+
+def likeliest(ids: Tensor, confidence: Tensor) -> list[Guesses]:
+    """One guess behind every node, by its id [F] and the probability [F] of it: chains need no more."""
+    return [Guesses([token], [chance], chance) for token, chance in zip(ids.tolist(), confidence.tolist(), strict=True)]
+
+
+def place_frontier(cache: KVCache, growth: Growth) -> Segment:
+    """Where a tree's frontier stands behind what a cache holds of its sequence."""
+    frontier, parents = growth.tree.frontier, growth.tree.parents[: growth.tree.frontier.stop]
+    return place_nodes(cache, growth.sequence.slot, num_rows=len(frontier), first_node=frontier.start, parents=parents)
 
 
 def assemble(growths: SequenceOf[Growth]) -> Draft:

@@ -10,6 +10,7 @@ from __future__ import annotations
 
 from collections.abc import Sequence as SequenceOf
 from dataclasses import dataclass, field, replace
+from itertools import takewhile
 from typing import TYPE_CHECKING, cast
 
 import torch
@@ -17,9 +18,9 @@ from torch import Tensor
 
 from kangaroo.drafters.adapter import Adapter, check_exit_layer
 from kangaroo.drafters.base import Batch, Sequence, draft_roots, place_nodes
-from kangaroo.drafters.growing import Growth, add_level, assemble, draw, plant
+from kangaroo.drafters.growing import Growth, add_level, assemble, draw, likeliest, place_frontier, plant
 from kangaroo.drafters.settings import KangarooSettings
-from kangaroo.drafters.stopping import ConfidenceThreshold, FixedLength, StoppingPolicy
+from kangaroo.drafters.stopping import StoppingPolicy, choose_stopping
 from kangaroo.drafters.tree import CHAIN, Branching, Guesses
 from kangaroo.model.cache import CachedPass
 from kangaroo.model.transformer import Transformer
@@ -46,8 +47,7 @@ def build(model: LoadedModel, settings: KangarooSettings) -> KangarooDrafter:
     gammas = (settings.gamma, adapter.config.gamma, DEFAULT_GAMMA)
     etas = (settings.eta, adapter.config.eta, DEFAULT_ETA)
     gamma = next(value for value in gammas if value is not None)
-    policy = ConfidenceThreshold(gamma, next(value for value in etas if value is not None))
-    stopping = FixedLength(gamma) if policy.eta == 0 else policy
+    stopping = choose_stopping(gamma, next(value for value in etas if value is not None))
     branching = Branching(settings.num_siblings, settings.max_nodes)
     return KangarooDrafter(model.target, adapter, stopping=stopping, branching=branching)
 
@@ -155,11 +155,9 @@ class KangarooDrafter:
         """Keep the adapter's rows of accepted nodes; the states of the others wait for the next draft."""
         for sequence, path, taps in zip(sequences, outcome.paths, outcome.taps, strict=True):
             memory = self._memory[sequence]
-            num_kept = 0
-            while num_kept < len(path) and path[num_kept] in memory.fed:
-                num_kept += 1
-            self._cache.keep(sequence.slot, list(path[:num_kept]))
-            memory.pending.append(taps[self.exit_layer][num_kept:])
+            kept = list(takewhile(memory.fed.__contains__, path))
+            self._cache.keep(sequence.slot, kept)
+            memory.pending.append(taps[self.exit_layer][len(kept) :])
             if sum(map(len, memory.pending)) > FEED_ROWS:
                 memory.pending = [self._shorten(sequence)]
             if memory.num_drafted:
@@ -210,13 +208,9 @@ class KangarooDrafter:
         """Feed the adapter every frontier; returns what leaves it, [F, D]."""
         segments, fresh = [], []
         for growth in growths:
-            frontier, parents = growth.tree.frontier, growth.tree.parents
-            segments.append(
-                place_nodes(self._cache, growth.sequence.slot, num_rows=len(frontier), first_node=frontier.start,
-                            parents=parents[: frontier.stop])
-            )  # fmt: skip
-            fresh.append(growth.states[-1][: len(frontier)])
-            growth.fed.update(frontier)
+            segments.append(place_frontier(self._cache, growth))
+            fresh.append(growth.states[-1][: len(growth.tree.frontier)])
+            growth.fed.update(growth.tree.frontier)
         return self._adapter.run(torch.cat(fresh), attention=CachedPass(self._cache, segments))
 
     def _grow(self, growths: SequenceOf[_Growth], hidden: Tensor, *, price: float, is_greedy: bool,
@@ -225,8 +219,7 @@ class KangarooDrafter:
         if is_greedy:
             ids, confidence = self._target.guess(hidden, self._adapter.final_norm)
             # Blind, the host goes on without knowing what was guessed.
-            known = ([-1] * len(ids), [1.0] * len(ids)) if is_blind else (ids.tolist(), confidence.tolist())
-            guesses = [Guesses([token], [chance], chance) for token, chance in zip(*known, strict=True)]
+            guesses = [Guesses([-1], [1.0], 1.0)] * len(ids) if is_blind else likeliest(ids, confidence)
         else:
             logits = self._target.logits(hidden, self._adapter.final_norm)
             guesses = draw(growths, logits, num_siblings=self._branching.num_siblings)

@@ -13,10 +13,10 @@ from typing import TYPE_CHECKING
 
 from torch import Tensor
 
-from kangaroo.drafters.base import Batch, Sequence, draft_roots, place_nodes
-from kangaroo.drafters.growing import Growth, add_level, assemble, draw, plant
+from kangaroo.drafters.base import Batch, Sequence
+from kangaroo.drafters.growing import Growth, assemble, draw, grow_all, likeliest, place_frontier, plant
 from kangaroo.drafters.settings import LayerSkipSettings
-from kangaroo.drafters.stopping import AdaptiveThreshold, ConfidenceThreshold, FixedLength, StoppingPolicy
+from kangaroo.drafters.stopping import AdaptiveThreshold, StoppingPolicy, choose_stopping
 from kangaroo.drafters.tree import CHAIN, Branching, Guesses
 from kangaroo.model.cache import CachedPass
 from kangaroo.model.skips import SKIP_FILE, SkippedSublayers, read_skip_layers
@@ -37,10 +37,10 @@ def build(model: LoadedModel, settings: LayerSkipSettings) -> LayerSkipDrafter:
     skips = read_skip_layers(path, (model.name, Path(model.name).name))
     skips.check(model.target.num_layers, where=str(path))
     branching = Branching(settings.num_siblings, settings.max_nodes)
-    return LayerSkipDrafter(model.target, skips, stopping=_choose_stopping(settings), branching=branching)
+    return LayerSkipDrafter(model.target, skips, stopping=_stopping(settings), branching=branching)
 
 
-def _choose_stopping(settings: LayerSkipSettings) -> StoppingPolicy:
+def _stopping(settings: LayerSkipSettings) -> StoppingPolicy:
     if settings.eta is None:
         return AdaptiveThreshold(
             settings.gamma,
@@ -50,8 +50,7 @@ def _choose_stopping(settings: LayerSkipSettings) -> StoppingPolicy:
             epsilon=settings.epsilon,
             initial_threshold=settings.initial_threshold,
         )
-    policy = ConfidenceThreshold(settings.gamma, settings.eta)
-    return FixedLength(settings.gamma) if policy.eta == 0 else policy
+    return choose_stopping(settings.gamma, settings.eta)
 
 
 class LayerSkipDrafter:
@@ -79,18 +78,8 @@ class LayerSkipDrafter:
         """Draft level by level until the stopping rule says so."""
         longest = min(self._stopping.max_length, self._branching.max_nodes - 1)
         growths = [plant(sequence, min(longest, sequence.max_draft)) for sequence in batch.sequences]
-        growing = [growth for growth in growths if growth.max_depth > 0]
-        if not growing:
-            return draft_roots(batch)
-        while growing:
-            add_level(
-                growing,
-                self._guess(growing, self._run(batch, growing)),
-                branching=self._branching,
-                threshold=self._stopping.threshold,
-                price=batch.node_price,
-            )
-            growing = [growth for growth in growing if growth.tree.frontier]
+        grow_all(growths, lambda growing: self._guess(growing, self._run(batch, growing)), branching=self._branching,
+                 threshold=self._stopping.threshold, price=batch.node_price)  # fmt: skip
         self._depths.update((growth.sequence, growth.depth) for growth in growths if growth.depth)
         return assemble(growths)
 
@@ -110,12 +99,9 @@ class LayerSkipDrafter:
         """The states [F, D] that leave the skipping target for the nodes of every frontier."""
         segments, tokens = [], list[int]()
         for growth in growths:
-            frontier, tree = growth.tree.frontier, growth.tree
-            segments.append(
-                place_nodes(batch.cache, growth.sequence.slot, num_rows=len(frontier), first_node=frontier.start,
-                            parents=tree.parents[: frontier.stop])
-            )  # fmt: skip
-            tokens += tree.tokens[frontier.start : frontier.stop]
+            frontier = growth.tree.frontier
+            segments.append(place_frontier(batch.cache, growth))
+            tokens += growth.tree.tokens[frontier.start : frontier.stop]
         target = self._target
         attention, span = CachedPass(batch.cache, segments), (0, target.num_layers)
         return target.forward(target.embed(tokens), span, attention=attention, skips=self.skips)[0]
@@ -125,6 +111,4 @@ class LayerSkipDrafter:
         num_siblings = self._branching.num_siblings
         if num_siblings > 1 or any(needs_logits(growth.params) for growth in growths):
             return draw(growths, self._target.logits(hidden), num_siblings=num_siblings)
-        ids, confidence = self._target.guess(hidden, self._target.final_norm)
-        known = zip(ids.tolist(), confidence.tolist(), strict=True)
-        return [Guesses([token], [chance], chance) for token, chance in known]
+        return likeliest(*self._target.guess(hidden, self._target.final_norm))

@@ -16,11 +16,11 @@ from typing import TYPE_CHECKING
 import torch
 from torch import Tensor
 
-from kangaroo.drafters.base import Batch, Sequence, draft_roots
-from kangaroo.drafters.growing import Growth, add_level, assemble, draw, plant
+from kangaroo.drafters.base import Batch, Sequence
+from kangaroo.drafters.growing import Growth, assemble, draw, grow_all, likeliest, plant
 from kangaroo.drafters.medusa_heads import MedusaHeads
 from kangaroo.drafters.settings import MedusaSettings
-from kangaroo.drafters.stopping import ConfidenceThreshold, FixedLength, StoppingPolicy
+from kangaroo.drafters.stopping import StoppingPolicy, choose_stopping
 from kangaroo.drafters.tree import CHAIN, Branching, Guesses
 from kangaroo.errors import HeadsError, SettingsError
 from kangaroo.model.transformer import Transformer
@@ -43,8 +43,7 @@ def build(model: LoadedModel, settings: MedusaSettings) -> MedusaDrafter:
     num_heads = heads.config.num_heads if settings.num_heads is None else settings.num_heads
     if not 1 <= num_heads <= heads.config.num_heads:
         raise SettingsError(f"num_heads must be in 1..{heads.config.num_heads} (those in {folder}), got {num_heads}")
-    policy = ConfidenceThreshold(num_heads, settings.eta)
-    stopping = FixedLength(num_heads) if policy.eta == 0 else policy
+    stopping = choose_stopping(num_heads, settings.eta)
     branching = Branching(settings.num_siblings, settings.max_nodes)
     return MedusaDrafter(model.target, heads, stopping=stopping, branching=branching)
 
@@ -85,17 +84,11 @@ class MedusaDrafter:
         """Grow every tree level by level, each from the next head."""
         longest = min(self._stopping.max_length, self._heads.config.num_heads)
         growths = [plant(sequence, min(longest, sequence.max_draft)) for sequence in batch.sequences]
-        growing, number = [growth for growth in growths if growth.max_depth > 0], 1
-        if not growing:
-            return draft_roots(batch)
         # The fused argmax serves where every tree is a chain of likeliest tokens.
         is_chain = self._branching.num_siblings == 1
-        is_greedy = is_chain and not any(needs_logits(growth.params) for growth in growing)
-        while growing:
-            guesses = self._argmax(growing, number) if is_greedy else self._draw(growing, number)
-            add_level(growing, guesses, branching=self._branching, threshold=self._stopping.threshold,
-                      price=batch.node_price)  # fmt: skip
-            growing, number = [growth for growth in growing if growth.tree.frontier], number + 1
+        is_greedy = is_chain and not any(needs_logits(growth.params) for growth in growths if growth.max_depth > 0)
+        grow_all(growths, self._argmax if is_greedy else self._draw, branching=self._branching,
+                 threshold=self._stopping.threshold, price=batch.node_price)  # fmt: skip
         for growth in growths:
             self._memory[growth.sequence].num_drafted = growth.depth
         return assemble(growths)
@@ -122,14 +115,12 @@ class MedusaDrafter:
         assert len(found) == len(growths), "a prompt is read before its text is drafted"
         return found[0] if len(found) == 1 else torch.cat(found)
 
-    def _argmax(self, growths: SequenceOf[Growth], number: int) -> list[Guesses]:
-        """What head `number` thinks likeliest behind the end of every chain."""
-        ids, confidence = self._heads.guess(self._read(growths), number)
-        return [Guesses([token], [chance], chance)
-                for token, chance in zip(ids.tolist(), confidence.tolist(), strict=True)]  # fmt: skip
+    def _argmax(self, growths: SequenceOf[Growth]) -> list[Guesses]:
+        """What the next head thinks likeliest behind the end of every chain."""
+        return likeliest(*self._heads.guess(self._read(growths), growths[0].depth + 1))
 
-    def _draw(self, growths: SequenceOf[Growth], number: int) -> list[Guesses]:
-        """What may follow each node of every frontier, by what head `number` says of its sequence."""
+    def _draw(self, growths: SequenceOf[Growth]) -> list[Guesses]:
+        """What may follow each node of every frontier, by what the next head says of its sequence."""
         rows = [row for row, growth in enumerate(growths) for _ in growth.tree.frontier]
-        logits = self._heads.logits(self._read(growths), number)
+        logits = self._heads.logits(self._read(growths), growths[0].depth + 1)
         return draw(growths, logits[rows], num_siblings=self._branching.num_siblings)

@@ -77,8 +77,7 @@ class PromptLookupDrafter:
         index.update()
         in_references = self._references.locate(sequence.tokens[-settings.max_ngram :])
         # Block verification takes chains only.
-        wants_chain = params.acceptance == "block" and params.temperature > 0
-        num_wanted = 1 if wants_chain else settings.num_siblings
+        num_wanted = 1 if params.rule == "block" else settings.num_siblings
         longest = max(len(index.suffixes), len(in_references)) - 1
         for length in range(longest, settings.min_ngram - 1, -1):
             found: dict[tuple[int, ...], None] = {}

@@ -74,8 +74,8 @@ class RetrievalDrafter:
         )
         rows = self._datastore.continuations(length, places, num_tokens=depth, max_matches=settings.max_matches)
         # Block verification judges chains alone.
-        is_block = params.acceptance == "block" and params.temperature > 0
-        return merge(sequence.tokens[-1], rows, length=length, num_siblings=1 if is_block else settings.max_nodes,
+        num_siblings = 1 if params.rule == "block" else settings.max_nodes
+        return merge(sequence.tokens[-1], rows, length=length, num_siblings=num_siblings,
                      max_nodes=settings.max_nodes, price=price)  # fmt: skip
 
 

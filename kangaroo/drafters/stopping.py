@@ -98,6 +98,15 @@ class AdaptiveThreshold:
         self._threshold = min(max(moved, 0.0), 1.0)
 
 
+def choose_stopping(gamma: int, eta: float) -> StoppingPolicy:
+    """The policy of drafts at most gamma tokens deep that stop below confidence eta, which 0 never does.
+
+    Raises SettingsError where one is out of range.
+    """
+    policy = ConfidenceThreshold(gamma, eta)
+    return FixedLength(gamma) if policy.eta == 0 else policy
+
+
 def _check_length(gamma: int) -> None:
     if gamma < 1:
         raise SettingsError(f"gamma must be at least 1, got {gamma}")

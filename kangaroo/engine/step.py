@@ -5,6 +5,7 @@ Shapes: B sequences, N draft nodes (padded), R packed nodes of all sequences, D 
 
 from collections.abc import Callable
 from collections.abc import Sequence as SequenceOf
+from itertools import accumulate
 
 import torch
 from torch import Tensor
@@ -59,12 +60,6 @@ def prefill(batch: Batch, drafter: Drafter, *, num_rows: SequenceOf[int]) -> Out
     return outcome
 
 
-def decode_step(batch: Batch, drafter: Drafter) -> tuple[Draft, Outcome]:
-    """Draft for every sequence, verify all nodes in one pass, and commit the accepted branches."""
-    draft = drafter.draft(batch)
-    return draft, verify_draft(batch, drafter, draft=draft)
-
-
 def verify_draft(batch: Batch, drafter: Drafter, *, draft: Draft) -> Outcome:
     """Verify a draft's nodes in one pass, and commit the accepted branches; a sequence that errs emits nothing."""
     target = batch.target
@@ -102,7 +97,7 @@ class _Choices:
         self, target: Transformer, hidden: Tensor, *, sequences: SequenceOf[Sequence], num_nodes: SequenceOf[int]
     ) -> None:
         self._sequences = sequences
-        self._first_rows = [sum(num_nodes[:row]) for row in range(len(num_nodes))]
+        self._first_rows = [0, *accumulate(num_nodes)]
         # Of every row its argmax, or where its logits are.
         self._ids: list[int] = []
         self._places: list[int] = []
@@ -154,9 +149,9 @@ def _verify(draft: Draft, row: int, *, tokens: SequenceOf[int], choices: _Choice
     params, parents = sequence.request.params, draft.parents[row]
     if len(tokens) > len(parents):
         tokens = tokens[: len(parents)]
-    if params.acceptance == "coupling" or params.temperature == 0:
+    if params.rule == "coupling":
         return walk(tokens, parents, pick=choices.pick(row))
-    rule = reject if params.acceptance == "rejection" else verify_block
+    rule = reject if params.rule == "rejection" else verify_block
     proposals = {} if draft.proposals is None else draft.proposals[row]
     prefix = sequence.prefix
     assert params.seed is not None, "the engine draws a seed for every request"

@@ -9,7 +9,7 @@ from torch import Tensor
 
 from kangaroo.drafters.base import Batch, Drafter, Sequence
 from kangaroo.drafters.plain import PlainDrafter
-from kangaroo.engine.step import decode_step, prefill
+from kangaroo.engine.step import prefill, verify_draft
 from kangaroo.model.cache import CachedPass, KVCache, Segment
 from kangaroo.model.transformer import FullSequencePass, Transformer
 from kangaroo.types import Draft, Outcome, Request, SamplingParams
@@ -64,6 +64,12 @@ def make_batch(target: Transformer, prompts: SequenceOf[list[int]], params: Samp
         Sequence(Request(tuple(prompt), params or SamplingParams()), slot=slot) for slot, prompt in enumerate(prompts)
     ]
     return Batch(target, cache, sequences)
+
+
+def decode_step(batch: Batch, drafter: Drafter) -> tuple[Draft, Outcome]:
+    """One turn of the loop."""
+    draft = drafter.draft(batch)
+    return draft, verify_draft(batch, drafter, draft=draft)
 
 
 def commit(batch: Batch, outcome: Outcome) -> None:
