@@ -161,6 +161,8 @@ class LLM:
             logprobs=tuple(sequence.logprobs[: len(tokens)]) if sequence is not None and wants_logprobs else None,
             error=None if decoding.error is None else str(decoding.error),
             accepted_lengths=tuple(decoding.accepted_lengths),
+            draft_time_s=decoding.draft_time_s,
+            verify_time_s=decoding.verify_time_s,
         )
 
     def _stream(self, decoding: Decoding) -> Generator[Token | None, None, Completion]:

@@ -202,7 +202,8 @@ class Completion:
     prefill, which emits the first token. Times are in seconds; rates are None where the time is zero.
     finish_reason: "stop" (EOS, a stop id or a stop string, before which text ends), "length", "cancelled" or "error",
     which error then explains. seed: what the text was drawn with. logprobs: of every new token where they were asked
-    for. index: which of a prompt's n completions this is.
+    for. index: which of a prompt's n completions this is. accepted_lengths: the tokens every step emitted. draft_time_s
+    and verify_time_s: the parts of decode_time_s spent drafting and verifying; the rest is the engine's own.
     """
 
     text: str
@@ -221,6 +222,8 @@ class Completion:
     logprobs: tuple[TokenLogprobs, ...] | None = None
     error: str | None = None
     accepted_lengths: tuple[int, ...] = field(default=(), repr=False)
+    draft_time_s: float = 0.0
+    verify_time_s: float = 0.0
 
     @property
     def num_new_tokens(self) -> int:
@@ -242,7 +245,8 @@ class Completion:
     def to_dict(self) -> dict[str, object]:
         """The public fields in the order of the command line's JSON; error only where there is one."""
         names = ("text", "token_ids", "num_prompt_tokens", "num_new_tokens", "finish_reason", "prefill_time_s",
-                 "decode_time_s", "tokens_per_s", "num_steps", "tokens_per_step", "num_drafted", "num_accepted",
+                 "decode_time_s", "draft_time_s", "verify_time_s", "tokens_per_s", "num_steps", "tokens_per_step",
+                 "num_drafted", "num_accepted",
                  "acceptance_rate", "drafter", "model", "seed", "index")  # fmt: skip
         logprobs = None if self.logprobs is None else [one.to_dict() for one in self.logprobs]
         fields = {name: getattr(self, name) for name in names} | {"token_ids": list(self.token_ids)}

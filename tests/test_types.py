@@ -146,6 +146,8 @@ def test_to_dict_keeps_the_order_of_the_command_line_and_survives_json() -> None
         "finish_reason",
         "prefill_time_s",
         "decode_time_s",
+        "draft_time_s",
+        "verify_time_s",
         "tokens_per_s",
         "num_steps",
         "tokens_per_step",

@@ -33,7 +33,8 @@ class Decoding:
     num_unread: tokens of its prompt that no pass has read. pieces: the text each new token made showable, where a text
     is kept. finish_reason: "stop" (EOS, stop id or stop string), "length", "cancelled" or "error"; None while under
     way. num_steps counts verification passes, without those that read the prompt. accepted_lengths: the tokens each
-    emitted.
+    emitted. draft_time_s and verify_time_s are parts of decode_time_s, which holds what surrounds them too; a step that
+    others took part in counts whole for each of them.
     """
 
     request: Request
@@ -46,6 +47,8 @@ class Decoding:
     pieces: list[str] = field(default_factory=list)
     prefill_time_s: float = 0.0
     decode_time_s: float = 0.0
+    draft_time_s: float = 0.0
+    verify_time_s: float = 0.0
     num_steps: int = 0
     num_drafted: int = 0
     num_accepted: int = 0

@@ -146,13 +146,15 @@ class Engine:
         draft = self.drafter.draft(batch)
         drafted_s = self._now_s()
         outcome = verify_draft(batch, self.drafter, draft=draft)
+        draft_time_s, verify_time_s = drafted_s - started_s, self._now_s() - drafted_s
         for one, tokens, count in zip(decoding, outcome.tokens, draft.num_nodes, strict=True):
+            one.draft_time_s += draft_time_s
+            one.verify_time_s += verify_time_s
             num_emitted = _emit(one, tokens)
             if one.error is None:
                 one.count(count - 1, num_emitted)
         if pace is not None:
-            verify_time_s = self._now_s() - drafted_s
-            pace.observe(draft, outcome, draft_time_s=drafted_s - started_s, verify_time_s=verify_time_s)
+            pace.observe(draft, outcome, draft_time_s=draft_time_s, verify_time_s=verify_time_s)
 
     def _release(self, decoding: Decoding) -> None:
         if decoding.sequence is not None:

@@ -17,7 +17,8 @@ from kangaroo.types import Completion, SamplingParams
 from .conftest import MakeModel, Run
 
 FIELDS = ["text", "token_ids", "num_prompt_tokens", "num_new_tokens", "finish_reason", "prefill_time_s",
-          "decode_time_s", "tokens_per_s", "num_steps", "tokens_per_step", "num_drafted", "num_accepted",
+          "decode_time_s", "draft_time_s", "verify_time_s", "tokens_per_s", "num_steps", "tokens_per_step",
+          "num_drafted", "num_accepted",
           "acceptance_rate", "drafter", "model", "seed", "index", "logprobs"]  # fmt: skip
 SHORT = ("--prompt", "hello", "--max-new-tokens", 24)
 
@@ -32,6 +33,7 @@ def test_json_is_one_consistent_object(run: Run, model_folder: Path, drafter: st
     assert result["num_new_tokens"] == len(result["token_ids"]) == 24
     assert result["finish_reason"] == "length"
     assert result["tokens_per_s"] == 23 / result["decode_time_s"]
+    assert 0 < result["draft_time_s"] + result["verify_time_s"] < result["decode_time_s"]
     assert result["tokens_per_step"] == 23 / result["num_steps"]
     assert result["num_steps"] + result["num_accepted"] >= 23
     if drafter == "plain":
