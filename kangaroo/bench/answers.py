@@ -1,0 +1,96 @@
+"""Answer files in Spec-Bench's own format, one JSON object a line, with more fields beside those its scripts read."""
+
+import json
+from collections import defaultdict
+from pathlib import Path
+
+from pydantic import BaseModel, ConfigDict, ValidationError
+
+from kangaroo.errors import PromptError
+
+FOLDER = "answers"
+
+
+class Choice(BaseModel):
+    """One answer, a value for every turn; accept_lengths holds the tokens every step of all turns emitted.
+
+    Spec-Bench's: turns to accept_lengths. idxs is what Kangaroo's copy of it calls decoding_steps. new_tokens counts
+    the first token too, and wall_time spans prefill and decoding. The others are a Completion's.
+    """
+
+    model_config = ConfigDict(extra="forbid")
+
+    index: int = 0
+    turns: list[str]
+    idxs: list[int]
+    decoding_steps: list[int]
+    new_tokens: list[int]
+    wall_time: list[float]
+    accept_lengths: list[int]
+    token_ids: list[list[int]]
+    num_prompt_tokens: list[int]
+    num_drafted: list[int]
+    num_accepted: list[int]
+    prefill_time_s: list[float]
+    decode_time_s: list[float]
+    draft_time_s: list[float]
+    verify_time_s: list[float]
+    finish_reasons: list[str]
+
+
+class Answer(BaseModel):
+    """What one drafter answered to one question in one run."""
+
+    model_config = ConfigDict(extra="forbid", protected_namespaces=())
+
+    question_id: int | str
+    category: str
+    answer_id: str
+    model_id: str
+    choices: list[Choice]
+    tstamp: float
+
+
+def answer_file(folder: Path, drafter: str, *, run: int) -> Path:
+    """Where the answers of a drafter's run, counted from 1, are kept in an output folder."""
+    return folder / FOLDER / f"{drafter}-run-{run}.jsonl"
+
+
+def append_answer(path: Path, answer: Answer) -> None:
+    """Add a line to an answer file, which is made where there is none."""
+    path.parent.mkdir(parents=True, exist_ok=True)
+    with path.open("a", encoding="utf-8") as file:
+        file.write(json.dumps(answer.model_dump(), ensure_ascii=False) + "\n")
+
+
+def read_answers(path: Path) -> list[Answer]:
+    """The answers of a file in order; raises PromptError for one that cannot be read or a line that is no answer."""
+    try:
+        lines = path.read_text(encoding="utf-8").split("\n")
+    except (OSError, UnicodeDecodeError) as error:
+        raise PromptError(f"cannot read the answers of {path}: {error}") from error
+    answers = []
+    for number, line in enumerate(lines, start=1):
+        if line.strip():
+            try:
+                answers.append(Answer.model_validate_json(line))
+            except ValidationError as error:
+                problem = error.errors()[0]
+                where = ".".join(map(str, problem["loc"]))
+                raise PromptError(f"{path}, line {number}: no answer ({where}: {problem['msg']}); "
+                                  "remove the line, and its question is asked again") from error  # fmt: skip
+    return answers
+
+
+def read_runs(folder: Path) -> dict[str, list[list[Answer]]]:
+    """The answers of an output folder: for every drafter, in the order of names, one list a run."""
+    runs: defaultdict[str, list[list[Answer]]] = defaultdict(list)
+    paths = sorted((folder / FOLDER).glob("*-run-*.jsonl"), key=lambda path: _split(path.stem))
+    for path in paths:
+        runs[_split(path.stem)[0]].append(read_answers(path))
+    return dict(runs)
+
+
+def _split(stem: str) -> tuple[str, int]:
+    drafter, _, run = stem.rpartition("-run-")
+    return drafter, int(run)

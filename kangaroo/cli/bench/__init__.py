@@ -1,0 +1,7 @@
+"""kangaroo bench: measurements of decoding, a verb a file."""
+
+from __future__ import annotations
+
+import typer
+
+bench_app = typer.Typer(no_args_is_help=True, help="Measure decoding: Spec-Bench, other prompts, limits, contenders.")
