@@ -43,8 +43,8 @@ def prefill(batch: Batch, drafter: Drafter, *, num_rows: SequenceOf[int]) -> Out
     done = [row for row, end in enumerate(ends) if end]
     if done:
         finished = [batch.sequences[row] for row in done]
-        choices = _Choices(target, torch.cat([blocks[row][-1:] for row in done]), sequences=finished,
-                           num_nodes=[1] * len(done))  # fmt: skip
+        choices = _Choices(finished, [1] * len(done))
+        choices.judge(target, torch.cat([blocks[row][-1:] for row in done]))
         for index, row in enumerate(done):
             try:
                 emitted[row] = (choices.pick(index)(0, ()),)
@@ -67,8 +67,13 @@ def verify_draft(batch: Batch, drafter: Drafter, *, draft: Draft) -> Outcome:
     attention = CachedPass(batch.cache, segments)
     entering = target.embed(_pack(draft)) if draft.hidden is None else draft.hidden
     span = (draft.resume_layer, target.num_layers)
-    hidden, taps = target.forward(entering, span, attention=attention, taps=drafter.taps)
-    choices = _Choices(target, hidden, sequences=batch.sequences, num_nodes=draft.num_nodes)
+    choices = _Choices(batch.sequences, draft.num_nodes)
+    if any(choices.wanting):
+        hidden, taps = target.forward(entering, span, attention=attention, taps=drafter.taps)
+        choices.judge(target, hidden)
+    else:
+        ids, taps = target.decide(entering, span, attention=attention, taps=drafter.taps)
+        choices.ids = ids.tolist()
     all_tokens = draft.tokens.tolist() if isinstance(draft.tokens, Tensor) else draft.tokens
     paths, emitted, tapped, first_row = [], [], [], 0
     for row, sequence in enumerate(batch.sequences):
@@ -88,39 +93,42 @@ def verify_draft(batch: Batch, drafter: Drafter, *, draft: Draft) -> Outcome:
 
 
 class _Choices:
-    """What the target says behind the nodes [R, D] of a pass, worked out only where it is asked.
+    """What the target says behind the nodes of a pass, worked out only where it is asked.
 
-    For requests that take the plain argmax, one fused call answers for all nodes.
+    wanting: which sequences need logits; the others take the plain argmax. ids: the argmax of every row [R], of those
+    that need it.
     """
 
-    def __init__(
-        self, target: Transformer, hidden: Tensor, *, sequences: SequenceOf[Sequence], num_nodes: SequenceOf[int]
-    ) -> None:
+    def __init__(self, sequences: SequenceOf[Sequence], num_nodes: SequenceOf[int]) -> None:
+        self.wanting = [needs_logits(sequence.request.params) for sequence in sequences]
+        self.ids: list[int] = []
         self._sequences = sequences
+        self._num_nodes = num_nodes
         self._first_rows = [0, *accumulate(num_nodes)]
-        # Of every row its argmax, or where its logits are.
-        self._ids: list[int] = []
+        # Of every row where its logits are.
         self._places: list[int] = []
         self._logits: Tensor | None = None
-        wanting = [needs_logits(sequence.request.params) for sequence in sequences]
-        if not any(wanting):
-            self._ids = target.argmax(hidden).tolist()
+
+    def judge(self, target: Transformer, hidden: Tensor) -> None:
+        """Work out what is wanted of the states [R, D]."""
+        if not any(self.wanting):
+            self.ids = target.argmax(hidden).tolist()
             return
-        rows = [want for want, count in zip(wanting, num_nodes, strict=True) for _ in range(count)]
+        rows = [want for want, count in zip(self.wanting, self._num_nodes, strict=True) for _ in range(count)]
         with_logits, others = ([row for row, want in enumerate(rows) if want is kind] for kind in (True, False))
         self._logits = target.logits(hidden if not others else hidden[with_logits])
         ids = target.argmax(hidden[others]).tolist() if others else []
-        self._ids, self._places = [-1] * len(rows), [-1] * len(rows)
+        self.ids, self._places = [-1] * len(rows), [-1] * len(rows)
         for place, row in enumerate(with_logits):
             self._places[row] = place
         for token, row in zip(ids, others, strict=True):
-            self._ids[row] = token
+            self.ids[row] = token
 
     def pick(self, index: int) -> Callable[[int, SequenceOf[int]], int]:
         """The target's choice behind a node of the index-th sequence, given the drafted tokens on the way to it."""
         first = self._first_rows[index]
-        sequence, ids = self._sequences[index], self._ids
-        if not needs_logits(sequence.request.params):
+        sequence, ids = self._sequences[index], self.ids
+        if not self.wanting[index]:
             return lambda node, drafted: ids[first + node]
 
         def pick(node: int, drafted: SequenceOf[int]) -> int:

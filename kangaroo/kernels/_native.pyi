@@ -36,14 +36,13 @@ class Stack:
         span: tuple[int, int],
         segments: Sequence[tuple[int, int, int, int, Sequence[int] | None]],
         hidden_out: tuple[int, int],
-        tables: tuple[int, int, int],
         taps: Sequence[tuple[int, int]],
+        tables: tuple[int, int, int],
         skips: Sequence[int],
+        head: tuple[Weight, int, float, float, tuple[int, int, int]] | None = None,
     ) -> None: ...
 
-def run_head(
-    weight: Weight, states: tuple[int, int], norm: tuple[int, float], softcap: float, out: tuple[int, int, int]
-) -> None: ...
+def run_head(head: tuple[Weight, int, float, float, tuple[int, int, int]], states: tuple[int, int]) -> None: ...
 def draft(
     target: tuple[Stack, Cache, tuple[int, int, int]],
     adapter: tuple[Stack, Cache, tuple[int, int, int]],

@@ -97,6 +97,8 @@ Draw = tuple[int, float, int, float, float]
 # A sequence to draft for: slot and committed tokens in the target's cache, the same in the adapter's, root token,
 # pending states, most levels, and how to draw.
 Start = tuple[int, int, int, int, int, int, int, Draw]
+# A head, the address of its norm or 0, the norm's epsilon, a soft cap, and where the results go.
+HeadPass = tuple[Weight, int, float, float, tuple[int, int, int]]
 # Tokens, parents and confidences of a draft's nodes, root first.
 Nodes = tuple[list[int], list[int], list[float]]
 
@@ -122,26 +124,33 @@ class Stack:
         cached: the cache, and cosine and sine [2, S, 1, E]. skips: for every layer of the stack, SKIP_ATTENTION and
         SKIP_MLP of what is left out. Returns also, for each tap in i..j, the states that enter it.
         """
-        cache, tables = cached
-        shape = (sum(segment[3] for segment in segments), self._hidden_size)
-        entering = _address(hidden, shape)
-        out = torch.empty(shape)
-        start, stop = span
+        states, addresses = self._make_room(hidden, span, segments=segments, taps=taps)
+        self._stack.run(cached[0], span, segments, *addresses, self._tables(cached[1]), skips)
+        return states[span[1]], {tap: states[tap] for tap in taps if tap in states}
+
+    def decide(
+        self, hidden: Tensor, span: tuple[int, int], *, cached: tuple[Cache, Tensor], segments: Sequence[Segment],
+        taps: Sequence[int], head: "tuple[Head, Tensor]"
+    ) -> tuple[Tensor, dict[int, Tensor]]:  # fmt: skip
+        """As run(), and in the same call a head's argmax [R] under a norm [D], which is returned with the taps."""
+        states, addresses = self._make_room(hidden, span, segments=segments, taps=taps)
+        ids = torch.empty(len(states[span[1]]), dtype=torch.int64)
+        described = head[0].describe(head[1], (0, ids.data_ptr(), 0))
+        self._stack.run(cached[0], span, segments, *addresses, self._tables(cached[1]), (), described)
+        return ids, {tap: states[tap] for tap in taps if tap in states}
+
+    def _make_room(
+        self, hidden: Tensor, span: tuple[int, int], *, segments: Sequence[Segment], taps: Sequence[int]
+    ) -> tuple[dict[int, Tensor], tuple[tuple[int, int], list[tuple[int, int]]]]:
+        """The states [R, D] that enter the tapped layers of a span and leave its last, still to be filled.
+
+        Returns also the addresses of what enters and leaves the span, and of the taps within it.
+        """
+        shape, (start, stop) = (sum(segment[3] for segment in segments), self._hidden_size), span
+        entering, out = _address(hidden, shape), torch.empty(shape)
         inner = {tap: torch.empty(shape) for tap in taps if start < tap < stop}
-        self._stack.run(
-            cache,
-            span,
-            segments,
-            (entering, out.data_ptr()),
-            self._tables(tables),
-            [(tap, buffer.data_ptr()) for tap, buffer in inner.items()],
-            skips,
-        )
-        if start in taps:
-            inner[start] = hidden
-        if stop in taps:
-            inner[stop] = out
-        return out, inner
+        addresses = (entering, out.data_ptr()), [(tap, buffer.data_ptr()) for tap, buffer in inner.items()]
+        return {start: hidden, **inner, stop: out}, addresses
 
     def place(self, cache: Cache, tables: Tensor) -> tuple[_native.Stack, Cache, tuple[int, int, int]]:
         """This stack with a cache and rotary tables, as the native kernels take it."""
@@ -209,11 +218,15 @@ class Head:
         )
         return drafted, states[: sum(len(tokens) for tokens, _, _ in drafted)]
 
+    def describe(self, norm: Tensor | None, out: tuple[int, int, int]) -> HeadPass:
+        """This head under a norm [D], as the native kernels take it; out: addresses of logits, argmax, confidence."""
+        weights = 0 if norm is None else _address(norm, (self.weight.num_inputs,))
+        return self.weight, weights, self._norm_eps, self._softcap, out
+
     def _run(self, hidden: Tensor, norm: Tensor | None, *, out: tuple[int, int, int]) -> None:
-        num_rows, size = hidden.shape[0], self.weight.num_inputs
-        weights = 0 if norm is None else _address(norm, (size,))
-        states = _address(hidden, (num_rows, size))
-        _native.run_head(self.weight, (states, num_rows), (weights, self._norm_eps), self._softcap, out)
+        num_rows = hidden.shape[0]
+        states = _address(hidden, (num_rows, self.weight.num_inputs))
+        _native.run_head(self.describe(norm, out), (states, num_rows))
 
 
 def _address(tensor: Tensor, shape: tuple[int, ...]) -> int:

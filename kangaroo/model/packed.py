@@ -68,16 +68,22 @@ class PackedStack:
     def run(self, hidden: Tensor, span: tuple[int, int], *, attention: AttentionPass, taps: Sequence[int] = (),
             skips: SkippedSublayers = NO_SKIPS) -> tuple[Tensor, dict[int, Tensor]]:  # fmt: skip
         """Run layers [i, j) over states [R, D]; returns what leaves them, and the tapped states."""
+        cached, segments = self._locate(attention)
+        described = [] if skips is NO_SKIPS else _describe_skips(skips, self._config.num_layers)
+        return self._stack.run(hidden, span, cached=cached, segments=segments, taps=taps, skips=described)
+
+    def decide(self, hidden: Tensor, span: tuple[int, int], *, attention: AttentionPass, taps: Sequence[int],
+               head: tuple[cpu.Head, Tensor]) -> tuple[Tensor, dict[int, Tensor]]:  # fmt: skip
+        """Run layers [i, j) and a head under a norm [D] as one call; returns the argmax [R] and the tapped states."""
+        cached, segments = self._locate(attention)
+        return self._stack.decide(hidden, span, cached=cached, segments=segments, taps=taps, head=head)
+
+    def _locate(self, attention: AttentionPass) -> tuple[tuple[cpu.Cache, Tensor], list[cpu.Segment]]:
+        """Cache, rotary tables and segments of a pass, as the native kernels take them."""
         assert isinstance(attention, CachedPass), "packed weights decode from a cache; train on the reference kernels"
         assert isinstance(attention.cache, PackedCache), "the cache of another backend"
-        return self._stack.run(
-            hidden,
-            span,
-            cached=(attention.cache.storage, self._rotary.tables(attention.num_positions)),
-            segments=[describe(segment) for segment in attention.segments],
-            taps=taps,
-            skips=[] if skips is NO_SKIPS else _describe_skips(skips, self._config.num_layers),
-        )
+        cached = attention.cache.storage, self._rotary.tables(attention.num_positions)
+        return cached, [describe(segment) for segment in attention.segments]
 
     def place(self, cache: KVCache, num_positions: int) -> cpu.Place:
         """These layers with a cache and rotary tables of so many positions."""
@@ -139,6 +145,12 @@ class PackedTransformer(Transformer):
                 skips: SkippedSublayers = NO_SKIPS) -> tuple[Tensor, dict[int, Tensor]]:  # fmt: skip
         """Run layers [i, j) of span over hidden states [R, D] that enter layer i; as Transformer.forward."""
         return self._stack.run(hidden, span, attention=attention, taps=taps, skips=skips)
+
+    def decide(self, hidden: Tensor, span: tuple[int, int], *, attention: AttentionPass,
+               taps: Sequence[int] = ()) -> tuple[Tensor, dict[int, Tensor]]:  # fmt: skip
+        """Layers [i, L) and the head in one call; as Transformer.decide."""
+        head = self._head, self.final_norm
+        return self._stack.decide(hidden, span, attention=attention, taps=taps, head=head)
 
     def logits(self, hidden: Tensor, norm: Tensor | None = None) -> Tensor:
         """Next-token logits [R, V] of hidden states [R, D] under a norm [D], the final one unless given."""

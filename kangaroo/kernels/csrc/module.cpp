@@ -224,12 +224,33 @@ Pass make_pass(const Stack& stack, const Cache& cache, std::pair<size_t, size_t>
   return pass;
 }
 
+// A head, the addresses of its norm [D], 0 for none, the norm's epsilon, a soft cap, and the addresses of logits [R, V],
+// argmax [R] int64 and confidence [R], 0 where not wanted.
+using HeadArgument =
+    std::tuple<std::shared_ptr<Weight>, uintptr_t, float, float, std::tuple<uintptr_t, uintptr_t, uintptr_t>>;
+
+HeadPass make_head_pass(const HeadArgument& argument, size_t num_rows, const float* hidden) {
+  const auto& [weight, norm, norm_eps, softcap, out] = argument;
+  require(weight && !weight->paired, "a head is no paired weight");
+  HeadPass pass{};
+  pass.head = weight.get();
+  pass.norm = at<const float>(norm);
+  pass.norm_eps = norm_eps;
+  pass.softcap = softcap;
+  pass.num_rows = num_rows;
+  pass.hidden = hidden;
+  pass.logits = at<float>(std::get<0>(out));
+  pass.argmax = at<int64_t>(std::get<1>(out));
+  pass.confidence = at<float>(std::get<2>(out));
+  return pass;
+}
+
 // hidden and out: [R, D]; tables: cosine and sine [num_positions, E]; taps: (layer, [R, D]); skips: of every layer of
-// the stack, or empty.
+// the stack, or empty; head: what to make of the states that come out.
 void run(const Stack& stack, const Cache& cache, std::pair<size_t, size_t> span,
          const std::vector<SegmentArgument>& segments, std::pair<uintptr_t, uintptr_t> hidden_out,
-         const Tables& tables, const std::vector<std::pair<size_t, uintptr_t>>& taps,
-         const std::vector<uint8_t>& skips) {
+         const std::vector<std::pair<size_t, uintptr_t>>& taps, const Tables& tables,
+         const std::vector<uint8_t>& skips, const std::optional<HeadArgument>& head) {
   require(skips.empty() || skips.size() == stack.layers.size(), "skips must be given for every layer or none");
   Pass pass = make_pass(stack, cache, span, tables);
   pass.skips = skips;
@@ -239,29 +260,26 @@ void run(const Stack& stack, const Cache& cache, std::pair<size_t, size_t> span,
   pass.hidden = at<const float>(hidden_out.first);
   pass.out = at<float>(hidden_out.second);
   for (const auto& [layer, address] : taps) pass.taps.emplace_back(layer, at<float>(address));
+  std::optional<HeadPass> head_pass;
+  if (head) {
+    head_pass = make_head_pass(*head, pass.num_rows, pass.out);
+    require(head_pass->head->num_inputs == stack.shape.hidden_size, "stack and head must have one hidden size");
+  }
   nb::gil_scoped_release released;
   std::lock_guard<std::mutex> lock(pass_mutex);
   workspace().reset();
   workspace().prepare(pass, Pool::instance().num_threads());
-  Pool::instance().run([&pass](Team& team) { active_kernels->run_span(pass, team); });
+  if (head_pass) workspace().prepare(*head_pass, Pool::instance().num_threads());
+  Pool::instance().run([&](Team& team) {
+    active_kernels->run_span(pass, team);
+    if (head_pass) active_kernels->run_head(*head_pass, team);
+  });
 }
 
-// states: address of [R, D], and R; norm: address of [D] or 0, and its epsilon; out: addresses of logits [R, V],
-// argmax [R] int64 and confidence [R], 0 where not wanted.
-void run_head(const Weight& weight, std::pair<uintptr_t, size_t> states, std::pair<uintptr_t, float> norm,
-              float softcap, std::tuple<uintptr_t, uintptr_t, uintptr_t> out) {
+// states: address of [R, D], and R.
+void run_head(const HeadArgument& head, std::pair<uintptr_t, size_t> states) {
   require(states.second > 0, "a pass needs at least one row");
-  require(!weight.paired, "a head is no paired weight");
-  HeadPass pass{};
-  pass.head = &weight;
-  pass.norm = at<const float>(norm.first);
-  pass.norm_eps = norm.second;
-  pass.softcap = softcap;
-  pass.num_rows = states.second;
-  pass.hidden = at<const float>(states.first);
-  pass.logits = at<float>(std::get<0>(out));
-  pass.argmax = at<int64_t>(std::get<1>(out));
-  pass.confidence = at<float>(std::get<2>(out));
+  HeadPass pass = make_head_pass(head, states.second, at<const float>(states.first));
   nb::gil_scoped_release released;
   std::lock_guard<std::mutex> lock(pass_mutex);
   workspace().reset();
@@ -796,9 +814,9 @@ NB_MODULE(_native, module) {
       .def(nb::init<std::tuple<size_t, size_t, size_t, size_t>, float, float, float, bool>(), "sizes"_a, "norm_eps"_a,
            "attention_scale"_a, "softcap"_a, "gelu"_a)
       .def("add_layer", &Stack::add_layer, "weights"_a, "norms"_a, "window"_a)
-      .def("run", &run, "cache"_a, "span"_a, "segments"_a, "hidden_out"_a, "tables"_a, "taps"_a,
-           "skips"_a);
-  module.def("run_head", &run_head, "weight"_a, "states"_a, "norm"_a, "softcap"_a, "out"_a);
+      .def("run", &run, "cache"_a, "span"_a, "segments"_a, "hidden_out"_a, "taps"_a, "tables"_a,
+           "skips"_a, "head"_a = nb::none());
+  module.def("run_head", &run_head, "head"_a, "states"_a);
   module.def("draft", &draft, "target"_a, "adapter"_a, "starts"_a, "plan"_a, "pending_states"_a, "embedding_head"_a);
   module.def("linear", &run_linear, "weight"_a, "hidden"_a, "num_rows"_a, "out"_a);
   module.def("instruction_sets", &instruction_sets);

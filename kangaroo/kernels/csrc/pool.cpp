@@ -15,7 +15,7 @@ namespace {
 // mostly follows after a little Python; spinning longer would take the core from those who wait for it: a partner, or
 // PyTorch's own threads.
 constexpr int kSpinsPerBarrier = 4000;
-constexpr std::chrono::microseconds kSpinBetweenCalls(100);
+constexpr std::chrono::microseconds kSpinBetweenCalls(300);
 
 // The default floating-point mode, for as long as this lives: rounding to nearest, and denormal numbers kept, whatever
 // the thread had before. The mode is each thread's own, and a value must not depend on the thread that computes it.
