@@ -13,22 +13,15 @@ from pathlib import Path
 
 import torch
 
-from kangaroo.bench.comparison import compare, interleave
-from kangaroo.bench.contenders import (
-    Contender,
-    KangarooContender,
-    LlamaCppContender,
-    TransformersContender,
-    VllmContender,
-)
+from kangaroo.bench.comparison import interleave, measure
+from kangaroo.bench.contenders import Contender, KangarooContender, VllmContender
+from kangaroo.bench.contenders.roster import Parts, build_contenders, choose_names
 from kangaroo.bench.divergence import run_full_pass
 from kangaroo.bench.prompts import Prompt, read_prompts
 from kangaroo.bench.record import markdown_table, stamp, stamp_text, write_result
 from kangaroo.drafters.base import Batch, Sequence
 from kangaroo.drafters.settings import KangarooSettings
-from kangaroo.engine.pace import Pace
 from kangaroo.engine.step import prefill
-from kangaroo.errors import KangarooError
 from kangaroo.llm import LLM, build_drafter
 from kangaroo.model.checkpoint import LoadedModel, load_model
 from kangaroo.model.weights import STORAGES
@@ -45,43 +38,21 @@ def load(name: str, storage: str) -> LoadedModel:
     return load_model(name, weights="int8") if storage == "int8" else load_model(name, dtype=storage)
 
 
-def build_contenders(model: LoadedModel, dtype: str, *, vllm_python: Path | None) -> tuple[list[Contender], list[str]]:
-    """Everything installed, plain first, and a line for each that is not."""
-    kangaroo = LLM(model, build_drafter(model, "kangaroo"), pace=Pace())
-    contenders: list[Contender] = [
-        KangarooContender("plain", llm_for(model, "plain")),
-        KangarooContender("kangaroo", kangaroo),
-    ]
-    others = {
-        "transformers": lambda: TransformersContender(model.folder, eos_ids=model.eos_ids, dtype=dtype),
-        "llama.cpp": lambda: LlamaCppContender(model.folder, eos_ids=model.eos_ids, dtype=dtype),
-    }
-    if vllm_python is not None:
-        others["vLLM"] = lambda: VllmContender(model.folder, python=vllm_python, eos_ids=model.eos_ids, dtype=dtype)
-        others["vLLM, as installed"] = lambda: VllmContender(
-            model.folder, python=vllm_python, eos_ids=model.eos_ids, dtype=dtype, name="vLLM, as installed",
-            is_tuned=False,
-        )  # fmt: skip
-    missing = [] if vllm_python is not None else ["vLLM: no --vllm-python given"]
-    for name, build in others.items():
-        try:
-            contenders.append(build())
-        except KangarooError as error:
-            missing.append(f"{name}: {error}")
-    return contenders, missing
-
-
 def measure_speed(model: LoadedModel, prompts: list[tuple[int, ...]], args: argparse.Namespace, dtype: str
-                  ) -> tuple[list[dict[str, object]], list[str]]:  # fmt: skip
-    contenders, missing = build_contenders(model, dtype, vllm_python=args.vllm_python)
-    runs = interleave(contenders, prompts, num_rounds=args.num_rounds, max_new_tokens=args.max_new_tokens)
-    versions = {one.name: getattr(one, "version", "") for one in contenders}
+                  ) -> tuple[list[dict[str, object]], dict[str, str]]:  # fmt: skip
+    """The rows of measure() with ratios to Kangaroo, and for every contender that is not installed the reason."""
+    parts = Parts(dtype=dtype, vllm_python=args.vllm_python)
+    names = choose_names(["kangaroo", "transformers", "llama.cpp"], model.folder, parts=parts)
+    contenders, left_out = build_contenders(model, names, parts=parts)
+    if args.vllm_python is not None and "vllm" not in left_out:
+        contenders.append(VllmContender(model.folder, python=args.vllm_python, eos_ids=model.eos_ids, dtype=dtype,
+                                        name="vllm, as installed", is_tuned=False))  # fmt: skip
+    rows = measure(contenders, prompts, num_rounds=args.num_rounds, max_new_tokens=args.max_new_tokens,
+                   other="kangaroo")  # fmt: skip
     for contender in contenders:
         if isinstance(contender, VllmContender):
             contender.close()
-    rows = zip(compare(runs, "plain"), compare(runs, "kangaroo"), strict=True)
-    return [row | {"version": versions[str(row["contender"])], "ratio_to_kangaroo": other["ratio"]}
-            for row, other in rows], missing  # fmt: skip
+    return rows, left_out
 
 
 @torch.inference_mode()
@@ -164,13 +135,13 @@ def report(result: dict[str, object], facts: dict[str, object]) -> str:
     sections = ["# Decoding on a CPU", stamp_text(facts),
                 "Medians over texts, prefill included; `plain / other`: the median of plain decoding's speed over the "
                 "contender's, text by text; `equal`: texts whose token ids are plain decoding's."]  # fmt: skip
-    for dtype, (table, missing) in speed.items():
+    for dtype, (table, left_out) in speed.items():
         header = ["contender", "tokens/s", "plain / other", "Kangaroo / other", "equal"]
-        shown = [[f"{row['contender']} {row['version']}".strip(), row["tokens_per_s"], f"{1 / row['ratio']:.2f}x",
-                  f"{1 / row['ratio_to_kangaroo']:.2f}x", f"{row['num_equal']}/{row['num_texts']}"]
+        shown = [[f"{row['contender']} {row['version'] or ''}".strip(), row["tokens_per_s"], f"{1 / row['ratio']:.2f}x",
+                  f"{1 / row['ratio_to']:.2f}x", f"{row['num_equal']}/{row['num_texts']}"]
                  for row in table]  # fmt: skip
         sections += [f"## {dtype}", markdown_table(header, shown)]
-        sections += [f"Not installed: {line}" for line in missing]
+        sections += [f"Left out: {name}: {reason}" for name, reason in left_out.items()]
     grid = {(row["eta"], row["gamma"]): row for row in rows}
     cells = [[f"**{eta}**"] + [f"{grid[eta, g]['speedup']:.2f}x of {grid[eta, g]['ideal']:.2f}x, "
                                f"{grid[eta, g]['tokens_per_step']:.2f}" for g in GAMMAS] for eta in ETAS]  # fmt: skip

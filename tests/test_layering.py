@@ -170,7 +170,7 @@ def test_the_check_sees_forbidden_imports(module: str, source: str) -> None:
         ("kangaroo.drafters.kangaroo", "from kangaroo.drafters.adapter import Adapter\nfrom . import base, stopping"),
         ("kangaroo.engine.step", "from kangaroo.drafters.base import Drafter"),
         ("kangaroo.llm", "from kangaroo.drafters import kangaroo\nfrom kangaroo.engine import step"),
-        ("kangaroo.bench.contenders", "import transformers, vllm, kangaroo.llm"),
+        ("kangaroo.bench.contenders.vllm", "import transformers, vllm, kangaroo.llm"),
         ("kangaroo.cli.main", "import typer, kangaroo.bench, clickhouse"),
     ],
 )

@@ -15,11 +15,10 @@ import torch
 from torch import Tensor
 
 from kangaroo.bench.divergence import Divergence, near_tie_bound, shared_length
-from kangaroo.bench.prompts import Prompt
+from kangaroo.bench.prompts import Prompt, encode_prompt
 from kangaroo.drafters.base import Batch, Drafter
 from kangaroo.drafters.base import Sequence as Decoded
 from kangaroo.drafters.plain import PlainDrafter
-from kangaroo.errors import PromptError
 from kangaroo.llm import LLM
 from kangaroo.model.checkpoint import LoadedModel
 from kangaroo.model.transformer import Transformer
@@ -129,7 +128,8 @@ class Checker:
 
     def check_all(self, prompts: Sequence[Prompt], params: SamplingParams) -> Iterator[PromptResult]:
         """Check prompts one by one; the call itself raises PromptError where one of them cannot be decoded."""
-        encoded = [self._encode(prompt) for prompt in prompts]
+        tokenizer, max_tokens = self._model.tokenizer, self._model.target.config.context_length - 1
+        encoded = [encode_prompt(prompt, tokenizer, max_tokens=max_tokens) for prompt in prompts]
         return (self.check(ids, params, name=prompt.name) for prompt, ids in zip(prompts, encoded, strict=True))
 
     def check(self, prompt_ids: Sequence[int], params: SamplingParams, *, name: str = "prompt") -> PromptResult:
@@ -141,17 +141,6 @@ class Checker:
             divergence, num_compared, difference = _compare(runs, texts=(plain, drafted), params=params)
         acceptance = _count(self._drafted.passes[1:])
         return PromptResult(name, plain, drafted, acceptance, num_compared, divergence, difference)
-
-    def _encode(self, prompt: Prompt) -> list[int]:
-        context_length = self._model.target.config.context_length
-        try:
-            ids = self._model.tokenizer.encode(prompt.text)
-        except PromptError as error:
-            raise PromptError(f"prompt {prompt.name}: {error}") from error
-        if not 0 < len(ids) < context_length:
-            raise PromptError(f"prompt {prompt.name} must be 1..{context_length - 1} tokens (the model's context), "
-                              f"got {len(ids)}; leave it out or change it")  # fmt: skip
-        return ids
 
 
 @dataclass(frozen=True)

@@ -9,6 +9,7 @@ from pathlib import Path
 from typing import Any
 
 from kangaroo.errors import PromptError
+from kangaroo.model.tokenizer import Tokenizer
 
 BUILT_IN = Path(__file__).parents[1] / "assets" / "prompts.txt"
 ALLOWED = ".txt, .jsonl or .jsonl.gz"
@@ -43,6 +44,18 @@ def read_prompts(path: Path, *, limit: int | None = None) -> list[Prompt]:
     if not prompts:
         raise PromptError(f"{path} holds no prompt; give {ALLOWED} with at least one")
     return prompts[:limit]
+
+
+def encode_prompt(prompt: Prompt, tokenizer: Tokenizer, *, max_tokens: int) -> list[int]:
+    """Its tokens; raises PromptError unless they are 1..max_tokens, for which the context has room."""
+    try:
+        ids = tokenizer.encode(prompt.text)
+    except PromptError as error:
+        raise PromptError(f"prompt {prompt.name}: {error}") from error
+    if not 0 < len(ids) <= max_tokens:
+        raise PromptError(f"prompt {prompt.name} must be 1..{max_tokens} tokens for the context to hold the text, "
+                          f"got {len(ids)}; leave it out or change it")  # fmt: skip
+    return ids
 
 
 def _read_text(path: Path) -> str:

@@ -7,6 +7,7 @@ from collections.abc import Sequence
 from pathlib import Path
 
 from kangaroo.bench.environment import environment
+from kangaroo.errors import OutputError
 
 
 def stamp() -> dict[str, object]:
@@ -32,7 +33,10 @@ def markdown_table(header: Sequence[str], rows: Sequence[Sequence[object]]) -> s
 
 
 def write_result(stem: Path, result: dict[str, object], *, text: str) -> None:
-    """Write stem.json and stem.md."""
-    stem.parent.mkdir(parents=True, exist_ok=True)
-    stem.with_suffix(".json").write_text(json.dumps(result, indent=1) + "\n", encoding="utf-8")
-    stem.with_suffix(".md").write_text(text.rstrip() + "\n", encoding="utf-8")
+    """Write stem.json and stem.md; raises OutputError where that fails."""
+    try:
+        stem.parent.mkdir(parents=True, exist_ok=True)
+        stem.with_name(f"{stem.name}.json").write_text(json.dumps(result, indent=1) + "\n", encoding="utf-8")
+        stem.with_name(f"{stem.name}.md").write_text(text.rstrip() + "\n", encoding="utf-8")
+    except OSError as error:
+        raise OutputError(f"cannot write {stem}.json and .md: {error.strerror or error}; give another place") from error

@@ -15,6 +15,7 @@ import typer
 from typer.core import TyperGroup
 
 from kangaroo import __version__
+from kangaroo.cli.bench import bench_app
 from kangaroo.cli.check import check_app
 from kangaroo.cli.datastore import datastore_app
 from kangaroo.cli.demo import demo_app
@@ -43,6 +44,7 @@ for verb in (demo_app, generate_app, check_app, env_app):
 app.add_typer(train_app, name="train", cls=Verbs)
 app.add_typer(datastore_app, name="datastore", cls=Verbs)
 app.add_typer(search_app, name="search", cls=Verbs)
+app.add_typer(bench_app, name="bench", cls=Verbs)
 
 
 def _remember_debug(ctx: typer.Context, value: bool) -> None:

@@ -70,7 +70,7 @@ class Vocabulary:
     @classmethod
     def load(cls, model: str) -> Vocabulary:
         """Read it without the weights; model and errors are load_model's."""
-        folder = _find_folder(model)
+        folder = find_folder(model)
         return cls(Tokenizer.from_folder(folder), _eos_ids(folder), ModelConfig.from_folder(folder).vocab_size)
 
 
@@ -93,7 +93,7 @@ def load_model(
     placed = resolve_device(device)
     if weights is not None and placed.type != "cpu":
         raise SettingsError(f"weights {weights} needs device cpu, got {device}")
-    folder = _find_folder(model)
+    folder = find_folder(model)
     config = ModelConfig.from_folder(folder)
     target = load_transformer(
         folder, config, storage=weights or dtype, device=placed, backend=backend or select_backend(placed.type)
@@ -115,7 +115,8 @@ def resolve_device(name: str) -> torch.device:
     return device
 
 
-def _find_folder(model: str) -> Path:
+def find_folder(model: str) -> Path:
+    """The local folder of load_model()'s model; raises CheckpointError where there is none."""
     return DEMO_FOLDER if model == "demo" else resolve_folder(model)
 
 

@@ -1,5 +1,6 @@
 """Contenders continue the same tokens on the same weights."""
 
+import json
 import os
 import sys
 from collections.abc import Iterator
@@ -8,7 +9,13 @@ from pathlib import Path
 import pytest
 import torch
 
-from kangaroo.bench.contenders import KangarooContender, LlamaCppContender, TransformersContender, VllmContender
+from kangaroo.bench.contenders import (
+    GenerationSettings,
+    KangarooContender,
+    LlamaCppContender,
+    TransformersContender,
+    VllmContender,
+)
 from kangaroo.errors import KangarooError, SettingsError
 from kangaroo.llm import LLM, build_drafter
 from kangaroo.model.checkpoint import DEMO_FOLDER, load_model
@@ -78,6 +85,59 @@ def test_transformers_runs_in_bfloat16(folder: Path) -> None:
     theirs = TransformersContender(folder, eos_ids=NO_EOS, dtype="bfloat16", name="transformers bfloat16")
     assert theirs.name == "transformers bfloat16"
     assert len(theirs.generate((5, 6, 7), max_new_tokens=4).token_ids) == 4
+
+
+@pytest.mark.parametrize("speculation", ["prompt lookup", "assistant"])
+def test_transformers_speculates_in_fewer_passes_and_writes_the_same_text(tmp_path: Path, speculation: str) -> None:
+    # It repeats its last token, which prompt lookup guesses, and is its own assistant.
+    model = tiny_transformer(tiny_config(tie_word_embeddings=True))
+    for layer in model.layers:
+        layer.output *= 0.01
+        layer.down *= 0.01
+    save_checkpoint(model, tmp_path, raw_config=tiny_raw_config(tie_word_embeddings=True), dtype=torch.float32)
+    settings = {"prompt lookup": GenerationSettings(prompt_lookup_num_tokens=4),
+                "assistant": GenerationSettings(assistant_model=tmp_path)}[speculation]  # fmt: skip
+    theirs = TransformersContender(tmp_path, eos_ids=NO_EOS)
+    speculating = theirs.speculating(settings, name=speculation)
+    assert (theirs.name, speculating.name) == ("transformers", speculation)
+    num_passes = 0
+
+    def count(*_: object) -> None:
+        nonlocal num_passes
+        num_passes += 1
+
+    theirs._model.register_forward_hook(count)
+    expected = theirs.generate((5, 6, 7), max_new_tokens=24).token_ids
+    assert num_passes == 24
+    num_passes = 0
+    assert speculating.generate((5, 6, 7), max_new_tokens=24).token_ids == expected
+    assert 0 < num_passes < 12
+
+
+def test_transformers_takes_padded_prompts_together(folder: Path) -> None:
+    theirs = TransformersContender(folder, eos_ids=NO_EOS)
+    prompts = [(5, 6, 7), (8,)]
+    together = theirs.generate_batch(prompts, max_new_tokens=8)
+    assert together == [theirs.generate(prompt, max_new_tokens=8).token_ids for prompt in prompts]
+
+
+def test_what_a_checkpoint_recommends_leaves_greedy_decoding_alone(folder: Path) -> None:
+    expected = TransformersContender(folder, eos_ids=NO_EOS).generate((5, 6, 7), max_new_tokens=12).token_ids
+    recommended = {"repetition_penalty": 5.0, "max_length": 5, "do_sample": True, "temperature": 9.0}
+    (folder / "generation_config.json").write_text(json.dumps(recommended), encoding="utf-8")
+    assert TransformersContender(folder, eos_ids=NO_EOS).generate((5, 6, 7), max_new_tokens=12).token_ids == expected
+
+
+def test_an_assistant_of_other_logits_is_refused(folder: Path, tmp_path_factory: pytest.TempPathFactory) -> None:
+    other = tmp_path_factory.mktemp("other")
+    save_tiny(other, vocab_size=264)
+    with pytest.raises(KangarooError, match=r"258 logits, got 264"):
+        TransformersContender(folder, eos_ids=NO_EOS).speculating(GenerationSettings(assistant_model=other), name="x")
+
+
+def test_a_checkpoint_that_transformers_cannot_load_is_named(tmp_path: Path) -> None:
+    with pytest.raises(KangarooError, match=f"transformers cannot load {tmp_path}: "):
+        TransformersContender(tmp_path, eos_ids=NO_EOS)
 
 
 @pytest.mark.parametrize(

@@ -7,6 +7,7 @@ from pathlib import Path
 import pytest
 
 from kangaroo.bench.record import markdown_table, stamp, stamp_text, write_result
+from kangaroo.errors import OutputError
 
 
 def test_stamp_names_command_versions_and_hardware_without_folders(monkeypatch: pytest.MonkeyPatch) -> None:
@@ -22,6 +23,17 @@ def test_result_is_written_as_json_and_markdown(tmp_path: Path) -> None:
     write_result(tmp_path / "new" / "speed", {"ratio": 2.0}, text="# Speed\n\n")
     assert json.loads((tmp_path / "new" / "speed.json").read_text()) == {"ratio": 2.0}
     assert (tmp_path / "new" / "speed.md").read_text() == "# Speed\n"
+
+
+def test_a_stem_keeps_its_dots(tmp_path: Path) -> None:
+    write_result(tmp_path / "v1.2", {}, text="")
+    assert sorted(path.name for path in tmp_path.iterdir()) == ["v1.2.json", "v1.2.md"]
+
+
+def test_a_place_that_cannot_be_written_is_named(tmp_path: Path) -> None:
+    (tmp_path / "speed.md").mkdir()
+    with pytest.raises(OutputError, match=r"speed\.json and \.md: .*give another place"):
+        write_result(tmp_path / "speed", {}, text="")
 
 
 def test_table_rounds_floats_to_three_digits() -> None:

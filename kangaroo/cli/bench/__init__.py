@@ -4,4 +4,7 @@ from __future__ import annotations
 
 import typer
 
+from kangaroo.cli.bench.compare import compare_app
+
 bench_app = typer.Typer(no_args_is_help=True, help="Measure decoding: Spec-Bench, other prompts, limits, contenders.")
+bench_app.add_typer(compare_app)
