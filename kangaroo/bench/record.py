@@ -20,10 +20,18 @@ def stamp() -> dict[str, object]:
 
 def stamp_text(facts: dict[str, object]) -> str:
     """The stamp as Markdown."""
+    return f"Command: `{facts['command']}`\n\n{stamp_facts(facts)}"
+
+
+def stamp_facts(facts: dict[str, object]) -> str:
+    """The stamp's environment as a sentence."""
     versions = ", ".join(f"{name} {facts[name]}" for name in ("kangaroo", "python", "torch", "transformers"))
     hardware = f"{facts['cpu']}, {facts['cpu_cores']} cores, {facts['threads']} threads"
     parts = [f"{facts['date']}, commit {facts['commit']}", hardware, versions, f"{facts['kernel_backend']} kernels"]
-    return f"Command: `{facts['command']}`\n\n{'; '.join(parts)}."
+    if devices := facts["cuda_devices"]:
+        assert isinstance(devices, list)
+        parts.insert(2, ", ".join(devices))
+    return f"{'; '.join(parts)}."
 
 
 def markdown_table(header: Sequence[str], rows: Sequence[Sequence[object]]) -> str:

@@ -5,6 +5,8 @@ from __future__ import annotations
 import typer
 
 from kangaroo.cli.bench.compare import compare_app
+from kangaroo.cli.bench.report import report_app
 
 bench_app = typer.Typer(no_args_is_help=True, help="Measure decoding: Spec-Bench, other prompts, limits, contenders.")
-bench_app.add_typer(compare_app)
+for verb in (compare_app, report_app):
+    bench_app.add_typer(verb)
