@@ -1,14 +1,16 @@
 """Answer files in Spec-Bench's own format, one JSON object a line, with more fields beside those its scripts read."""
 
 import json
-from collections import defaultdict
 from pathlib import Path
 
 from pydantic import BaseModel, ConfigDict, ValidationError
 
 from kangaroo.errors import PromptError
 
-FOLDER = "answers"
+# What an output folder holds: answers, what was asked how, and what could not be answered.
+FOLDER, RUN_FILE, FAILURES_FILE = "answers", "run.json", "failures.jsonl"
+# Spec-Bench reports these categories as one task, and every other category as a task of its own.
+MT_BENCH = ("writing", "roleplay", "reasoning", "math", "coding", "extraction", "stem", "humanities")
 
 
 class Choice(BaseModel):
@@ -51,6 +53,11 @@ class Answer(BaseModel):
     tstamp: float
 
 
+def task_of(category: str) -> str:
+    """Spec-Bench's task of a question's category; a category it does not know is a task of its own."""
+    return "mt_bench" if category in MT_BENCH else category
+
+
 def answer_file(folder: Path, drafter: str, *, run: int) -> Path:
     """Where the answers of a drafter's run, counted from 1, are kept in an output folder."""
     return folder / FOLDER / f"{drafter}-run-{run}.jsonl"
@@ -80,17 +87,3 @@ def read_answers(path: Path) -> list[Answer]:
                 raise PromptError(f"{path}, line {number}: no answer ({where}: {problem['msg']}); "
                                   "remove the line, and its question is asked again") from error  # fmt: skip
     return answers
-
-
-def read_runs(folder: Path) -> dict[str, list[list[Answer]]]:
-    """The answers of an output folder: for every drafter, in the order of names, one list a run."""
-    runs: defaultdict[str, list[list[Answer]]] = defaultdict(list)
-    paths = sorted((folder / FOLDER).glob("*-run-*.jsonl"), key=lambda path: _split(path.stem))
-    for path in paths:
-        runs[_split(path.stem)[0]].append(read_answers(path))
-    return dict(runs)
-
-
-def _split(stem: str) -> tuple[str, int]:
-    drafter, _, run = stem.rpartition("-run-")
-    return drafter, int(run)

@@ -13,8 +13,9 @@ from kangaroo.errors import OutputError
 def stamp() -> dict[str, object]:
     """The environment and the command of this process; of every path only the last part is kept."""
     words = ["=".join(Path(part).name for part in word.split("=")) for word in sys.argv[1:]]
-    script = "/".join(Path(sys.argv[0]).parts[-2:])
-    command = " ".join(["python", script, *words])
+    script = Path(sys.argv[0])
+    program = "kangaroo" if script.name == "kangaroo" else f"python {'/'.join(script.parts[-2:])}"
+    command = " ".join([program, *words])
     return {"command": command, "date": time.strftime("%Y-%m-%d"), **environment()}
 
 

@@ -14,7 +14,7 @@ from rich.table import Table
 from rich.text import Text
 
 from kangaroo.bench import scores
-from kangaroo.bench.answers import Answer, answer_file, read_answers
+from kangaroo.bench.answers import FAILURES_FILE, RUN_FILE, Answer, answer_file, read_answers
 from kangaroo.bench.plots import draw_figures
 from kangaroo.bench.published import PUBLISHED
 from kangaroo.bench.record import markdown_table, stamp_facts, stamp_text, write_result
@@ -24,7 +24,7 @@ from kangaroo.model.checkpoint import Vocabulary
 from kangaroo.model.tokenizer import Tokenizer
 
 BASELINE = "plain"
-RUN_FILE, FAILURES_FILE, STEM, HTML_FILE = "run.json", "failures.jsonl", "report", "report.html"
+STEM, HTML_FILE = "report", "report.html"
 RUN_KEYS = ("bench", "model", "dtype", "device", "drafters", "num_runs", "num_questions", "stamp")
 CAPTIONS = {
     "speedup": "Speedup in decoding over plain, by task, with its interval.",

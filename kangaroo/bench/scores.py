@@ -11,9 +11,8 @@ from dataclasses import dataclass
 import numpy as np
 from numpy.typing import NDArray
 
-from kangaroo.bench.answers import Answer
+from kangaroo.bench.answers import Answer, task_of
 
-MT_BENCH = ("writing", "roleplay", "reasoning", "math", "coding", "extraction", "stem", "humanities")
 TASKS = ("mt_bench", "translation", "summarization", "qa", "math_reasoning", "rag")
 OVERALL = "overall"
 MAX_CTAR, NUM_RESAMPLES, SEED, CONFIDENCE = 8, 5000, 0, 0.95
@@ -92,11 +91,6 @@ class TimeSplit:
     verify_share: float
     overhead_share: float
     ms_per_token: float
-
-
-def task_of(category: str) -> str:
-    """Spec-Bench's task of a question's category; a category it does not know is a task of its own."""
-    return "mt_bench" if category in MT_BENCH else category
 
 
 def find_tasks(answers: Sequence[Answer]) -> list[str]:

@@ -58,6 +58,10 @@ class Tokenizer:
     def vocab_size(self) -> int:
         return self._backend.get_vocab_size(with_added_tokens=True)
 
+    @property
+    def has_chat_template(self) -> bool:
+        return self._chat_template is not None
+
     def vocab(self) -> dict[str, int]:
         """The id of every token, added ones included."""
         ids: dict[str, int] = self._backend.get_vocab(with_added_tokens=True)

@@ -4,8 +4,9 @@ from pathlib import Path
 
 import pytest
 
-from kangaroo.bench.answers import Answer, Choice, answer_file, append_answer, read_answers, read_runs
+from kangaroo.bench.answers import Answer, Choice, answer_file, append_answer, read_answers
 from kangaroo.errors import PromptError
+from tests.runs import read_runs
 
 
 def answer(question_id: int) -> Answer:

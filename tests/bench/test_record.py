@@ -19,6 +19,11 @@ def test_stamp_names_command_versions_and_hardware_without_folders(monkeypatch: 
     assert str(facts["torch"]) in stamp_text(facts)
 
 
+def test_stamp_names_the_command_line_as_it_is_typed(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(sys, "argv", ["/home/me/bin/kangaroo", "bench", "spec-bench", "--output", "/data/out"])
+    assert stamp()["command"] == "kangaroo bench spec-bench --output out"
+
+
 def test_result_is_written_as_json_and_markdown(tmp_path: Path) -> None:
     write_result(tmp_path / "new" / "speed", {"ratio": 2.0}, text="# Speed\n\n")
     assert json.loads((tmp_path / "new" / "speed.json").read_text()) == {"ratio": 2.0}

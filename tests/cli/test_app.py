@@ -18,7 +18,7 @@ from kangaroo.model.weights import DTYPES
 from .conftest import Run
 
 ROOT = Path(__file__).parents[2]
-VERBS = ("demo", "generate", "env", "train")
+VERBS = ("demo", "generate", "env", "train", "bench")
 HEAVY = ("torch", "tokenizers", "transformers", "safetensors", "huggingface_hub")
 
 
@@ -26,7 +26,7 @@ def test_help_of_every_verb_needs_no_torch() -> None:
     code = f"""
 import sys
 from kangaroo.cli import main
-for verb in ([], *([verb] for verb in {VERBS}), ["train", "adapter"]):
+for verb in ([], *([verb] for verb in {VERBS}), ["train", "adapter"], ["bench", "spec-bench"]):
     try:
         main([*verb, "--help"])
     except SystemExit as done:
