@@ -21,7 +21,7 @@ from kangaroo.drafters.base import Sequence as Decoded
 from kangaroo.drafters.plain import PlainDrafter
 from kangaroo.llm import LLM
 from kangaroo.model.checkpoint import LoadedModel
-from kangaroo.model.transformer import Transformer
+from kangaroo.model.transformer import AttentionPass, Transformer
 from kangaroo.sampling import gumbel_noise
 from kangaroo.types import Completion, Draft, Outcome, SamplingParams
 
@@ -207,8 +207,14 @@ class _WatchedRun:
                 self._chosen_from = hidden
             return target.logits(hidden, norm)
 
+        def decide(hidden: Tensor, span: tuple[int, int], *, attention: AttentionPass,
+                   taps: Sequence[int] = ()) -> tuple[Tensor, dict[int, Tensor]]:  # fmt: skip
+            ids, tapped = target.decide(hidden, span, attention=attention, taps=(*taps, span[1]))
+            self._chosen_from = tapped[span[1]]
+            return ids, tapped
+
         watched = copy(target)
-        watched.argmax, watched.logits = argmax, logits  # type: ignore[method-assign]
+        watched.argmax, watched.logits, watched.decide = argmax, logits, decide  # type: ignore[method-assign]
         return watched
 
 

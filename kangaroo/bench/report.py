@@ -50,11 +50,13 @@ def write_report(folder: Path, *, tokenizer: Tokenizer | None = None) -> dict[st
         tokenizer, problem = _find_tokenizer(run["model"])
     report = make_report(run, runs, failures=_read_failures(folder), tokenizer=tokenizer)
     report["legacy_missing"] = problem
+    write_result(folder / STEM, report, text=_render_markdown(report))
     try:
-        write_result(folder / STEM, report, text=_render_markdown(report))
         (folder / HTML_FILE).write_text(_render_html(report), encoding="utf-8")
     except OSError as error:
-        raise OutputError(f"cannot write the report to {folder}: {error.strerror or error}") from error
+        raise OutputError(
+            f"cannot write {folder / HTML_FILE}: {error.strerror or error}; give another place"
+        ) from error
     return report
 
 

@@ -55,7 +55,13 @@ def spoil_wide_passes(monkeypatch: pytest.MonkeyPatch, spoil: Spoil, *, owner: t
         out, taps = original(self, hidden, span, **settings)
         return (spoil(out), taps) if len(out) > 1 else (out, taps)
 
+    def decide(self: object, hidden: Tensor, span: tuple[int, int], *, head: Any, taps: Any, **settings: Any) -> Any:
+        out, tapped = perturbed(self, hidden, span, taps=taps, **settings)
+        return head[0].argmax(out, head[1]), {layer: out if layer == span[1] else tapped[layer] for layer in taps}
+
     monkeypatch.setattr(owner, name, perturbed)
+    if owner is cpu.Stack:
+        monkeypatch.setattr(owner, "decide", decide)
 
 
 def one_ulp(states: Tensor) -> Tensor:

@@ -415,7 +415,8 @@ def test_damaged_failures_are_refused(folder: Path, line: str) -> None:
         write_report(folder, tokenizer=TOKENIZER)
 
 
-def test_report_that_cannot_be_written_is_one_error(folder: Path) -> None:
-    (folder / "report.md").mkdir()
-    with pytest.raises(OutputError, match="cannot write the report"):
+@pytest.mark.parametrize("name", ["report.md", "report.html"])
+def test_report_that_cannot_be_written_is_one_error(folder: Path, name: str) -> None:
+    (folder / name).mkdir()
+    with pytest.raises(OutputError, match="cannot write"):
         write_report(folder, tokenizer=TOKENIZER)
