@@ -1,7 +1,6 @@
 """The exactness check sees every difference, and tells rounding from errors."""
 
 import math
-from collections.abc import Callable
 from dataclasses import replace
 from pathlib import Path
 from typing import Any
@@ -25,11 +24,11 @@ from kangaroo.model.tokenizer import Tokenizer
 from kangaroo.model.transformer import Transformer
 from kangaroo.sampling import gumbel_noise
 from kangaroo.types import Draft, SamplingParams
+from tests.spoiling import one_ulp, spoil_wide_passes
 from tests.tiny import tame_transformer, tiny_tokenizer
 
 PROMPT = (5, 6, 7)
 GREEDY = SamplingParams(max_new_tokens=40)
-Spoil = Callable[[Tensor], Tensor]
 
 
 def loaded(target: Transformer) -> LoadedModel:
@@ -43,29 +42,6 @@ def checker(*, storage: str | None, gamma: int = 3) -> Checker:
     target = plain if storage is None else pack(plain, storage)
     adapter = Adapter.initialize(plain, 2)
     return Checker(loaded(target), KangarooDrafter(target, adapter, stopping=FixedLength(gamma)))
-
-
-def spoil_wide_passes(monkeypatch: pytest.MonkeyPatch, spoil: Spoil, *, owner: type | None = None) -> None:
-    """Change what leaves every pass over more than one row, of the native kernels or of the reference decoder."""
-    name = "run" if owner is None else "forward"
-    owner = owner or cpu.Stack
-    original = getattr(owner, name)
-
-    def perturbed(self: object, hidden: Tensor, span: tuple[int, int], **settings: Any) -> Any:
-        out, taps = original(self, hidden, span, **settings)
-        return (spoil(out), taps) if len(out) > 1 else (out, taps)
-
-    def decide(self: object, hidden: Tensor, span: tuple[int, int], *, head: Any, taps: Any, **settings: Any) -> Any:
-        out, tapped = perturbed(self, hidden, span, taps=taps, **settings)
-        return head[0].argmax(out, head[1]), {layer: out if layer == span[1] else tapped[layer] for layer in taps}
-
-    monkeypatch.setattr(owner, name, perturbed)
-    if owner is cpu.Stack:
-        monkeypatch.setattr(owner, "decide", decide)
-
-
-def one_ulp(states: Tensor) -> Tensor:
-    return torch.nextafter(states, torch.full_like(states, math.inf))
 
 
 class Oracle(PlainDrafter):

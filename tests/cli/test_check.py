@@ -1,16 +1,11 @@
 """`kangaroo check`: the report, its JSON, and the exit status that a perturbed kernel must turn."""
 
 import json
-import math
 import subprocess
 import sys
-from collections.abc import Callable
 from pathlib import Path
-from typing import Any
 
 import pytest
-import torch
-from torch import Tensor
 
 from kangaroo.kernels import cpu
 
@@ -19,21 +14,6 @@ from .conftest import Run
 ROOT = Path(__file__).parents[2]
 SHORT = ("--max-new-tokens", 16, "--limit", 3)
 POSITIONS = 16 * 3
-
-
-def spoil_wide_passes(monkeypatch: pytest.MonkeyPatch, spoil: Callable[[Tensor], Tensor]) -> None:
-    """Change what the native kernels compute for every pass over more than one row."""
-    original = cpu.Stack.run
-
-    def perturbed(self: Any, hidden: Tensor, span: tuple[int, int], **settings: Any) -> Any:
-        out, taps = original(self, hidden, span, **settings)
-        return (spoil(out), taps) if len(out) > 1 else (out, taps)
-
-    monkeypatch.setattr(cpu.Stack, "run", perturbed)
-
-
-def one_ulp(states: Tensor) -> Tensor:
-    return torch.nextafter(states, torch.full_like(states, math.inf))
 
 
 @pytest.fixture(autouse=True)
@@ -156,6 +136,7 @@ def test_help_needs_no_torch() -> None:
     code = """
 import sys
 from kangaroo.cli import main
+from tests.spoiling import one_ulp, spoil_wide_passes
 try:
     main(["check", "--help"])
 except SystemExit as done:

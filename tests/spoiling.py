@@ -1,0 +1,36 @@
+"""Kernels that round differently, as those of other systems do, for the tests that must notice."""
+
+import math
+from collections.abc import Callable
+from typing import Any
+
+import pytest
+import torch
+from torch import Tensor
+
+from kangaroo.kernels import cpu
+
+Spoil = Callable[[Tensor], Tensor]
+
+
+def spoil_wide_passes(monkeypatch: pytest.MonkeyPatch, spoil: Spoil, *, owner: type | None = None) -> None:
+    """Change what leaves every pass over more than one row, of the native kernels or of the reference decoder."""
+    name = "run" if owner is None else "forward"
+    owner = owner or cpu.Stack
+    original = getattr(owner, name)
+
+    def perturbed(self: object, hidden: Tensor, span: tuple[int, int], **settings: Any) -> Any:
+        out, taps = original(self, hidden, span, **settings)
+        return (spoil(out), taps) if len(out) > 1 else (out, taps)
+
+    def decide(self: object, hidden: Tensor, span: tuple[int, int], *, head: Any, taps: Any, **settings: Any) -> Any:
+        out, tapped = perturbed(self, hidden, span, taps=taps, **settings)
+        return head[0].argmax(out, head[1]), {layer: out if layer == span[1] else tapped[layer] for layer in taps}
+
+    monkeypatch.setattr(owner, name, perturbed)
+    if owner is cpu.Stack:
+        monkeypatch.setattr(owner, "decide", decide)
+
+
+def one_ulp(states: Tensor) -> Tensor:
+    return torch.nextafter(states, torch.full_like(states, math.inf))
