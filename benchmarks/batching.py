@@ -2,21 +2,23 @@
 
     python benchmarks/batching.py --prompts HumanEval.jsonl.gz
 
-For every batch size all contenders decode the same prompts together, in turns and in one process; ratios are of runs
-of one turn, with a bootstrap interval over turns.
+For every batch size the engines decode the same prompts in slices of a few milliseconds, taking turns, so that what
+disturbs the machine disturbs all alike; each one's time is the sum of its slices. transformers has a round to itself.
+Ratios are of one round, with a bootstrap interval over rounds.
 """
 
 import argparse
 import random
 import statistics
 import time
-from collections.abc import Callable, Sequence
-from dataclasses import dataclass
+from collections.abc import Sequence
+from dataclasses import dataclass, field
 from pathlib import Path
 
 from kangaroo.bench.contenders import TransformersContender
 from kangaroo.bench.prompts import read_prompts
 from kangaroo.bench.record import markdown_table, stamp, stamp_text, write_result
+from kangaroo.engine.decoding import Decoding
 from kangaroo.engine.pace import Pace
 from kangaroo.engine.scheduler import Limits
 from kangaroo.llm import LLM, build_drafter
@@ -24,6 +26,10 @@ from kangaroo.model.checkpoint import LoadedModel, load_model
 from kangaroo.types import SamplingParams
 
 BATCH_SIZES = (1, 2, 4, 8, 16, 32)
+# How long an engine runs before it is another's turn, and rounds of transformers, the one that warms up included.
+SLICE_S, NUM_PEER_ROUNDS = 0.02, 4
+# Small batches have more rounds, so that each batch size decodes at least so many texts.
+MIN_TEXTS = 48
 Prompts = Sequence[tuple[int, ...]]
 
 
@@ -41,25 +47,63 @@ class BatchRun:
         return sum(map(len, self.texts)) / self.wall_time_s
 
 
-def run_engine(llm: LLM, prompts: Prompts, params: SamplingParams) -> BatchRun:
-    """Decode all prompts together, watching when tokens come."""
-    started_s = time.perf_counter()
-    begun = [llm.submit(prompt, params)[0] for prompt in prompts]
-    seen, shown_s = dict.fromkeys(begun, 0), dict.fromkeys(begun, 0.0)
-    latencies: list[float] = []
-    gaps: list[float] = []
-    while any(one.finish_reason is None for one in begun):
-        changed = llm.engine.step()
-        now_s = time.perf_counter()
-        for one in changed:
-            num_fresh = len(one.new_tokens) - seen[one]
-            # The first token waits for its prompt, which is no latency of decoding.
-            if seen[one]:
-                latencies += [(now_s - shown_s[one]) / num_fresh] * num_fresh
-                gaps.append(now_s - shown_s[one])
-            seen[one], shown_s[one] = len(one.new_tokens), now_s
-    wall_time_s = time.perf_counter() - started_s
-    return BatchRun(wall_time_s, [tuple(one.new_tokens) for one in begun], tuple(latencies), tuple(gaps))
+@dataclass
+class Watch:
+    """An engine decoding a batch of its own, and when its tokens came, in seconds of its own slices."""
+
+    llm: LLM
+    begun: list[Decoding] = field(default_factory=list)
+    clock_s: float = 0.0
+    shown: dict[Decoding, tuple[int, float]] = field(default_factory=dict)
+    latencies_s: list[float] = field(default_factory=list)
+    gaps_s: list[float] = field(default_factory=list)
+
+    @property
+    def is_done(self) -> bool:
+        return all(one.finish_reason is not None for one in self.begun)
+
+    def submit(self, prompts: Prompts, params: SamplingParams) -> None:
+        started_s = time.perf_counter()
+        self.begun = [self.llm.submit(prompt, params)[0] for prompt in prompts]
+        self.clock_s += time.perf_counter() - started_s
+
+    def run_slice(self) -> None:
+        """Steps until SLICE_S have passed."""
+        stop_s = self.clock_s + SLICE_S
+        while self.clock_s < stop_s and not self.is_done:
+            started_s = time.perf_counter()
+            changed = self.llm.engine.step()
+            self.clock_s += time.perf_counter() - started_s
+            for one in changed:
+                self._note(one)
+
+    def _note(self, one: Decoding) -> None:
+        num_seen, shown_s = self.shown.get(one, (0, 0.0))
+        num_fresh = len(one.new_tokens) - num_seen
+        # The first token waits for its prompt, which is no latency of decoding.
+        if num_seen and num_fresh:
+            self.latencies_s += [(self.clock_s - shown_s) / num_fresh] * num_fresh
+            self.gaps_s.append(self.clock_s - shown_s)
+        self.shown[one] = len(one.new_tokens), self.clock_s
+
+    @property
+    def run(self) -> BatchRun:
+        texts = [tuple(one.new_tokens) for one in self.begun]
+        return BatchRun(self.clock_s, texts, tuple(self.latencies_s), tuple(self.gaps_s))
+
+
+def run_engines(
+    llms: dict[str, LLM], prompts: Prompts, params: SamplingParams, *, round_id: int
+) -> dict[str, BatchRun]:
+    """Every engine decodes all prompts together, slice by slice in turns."""
+    watches = {name: Watch(llm) for name, llm in llms.items()}
+    order = random.Random(round_id).sample(list(watches), len(watches))
+    for name in order:
+        watches[name].submit(prompts, params)
+    while not all(watch.is_done for watch in watches.values()):
+        for name in order:
+            watches[name].run_slice()
+    return {name: watch.run for name, watch in watches.items()}
 
 
 def interval(ratios: Sequence[float]) -> tuple[float, float]:
@@ -74,7 +118,13 @@ def percentile(values: Sequence[float], share: float) -> float | None:
     return ranked[min(len(ranked) - 1, int(share * len(ranked)))] if ranked else None
 
 
-def measure(model: LoadedModel, prompts: Prompts, *, batch_size: int, num_rounds: int,
+def run_peer(peer: TransformersContender, prompts: Prompts, *, max_new_tokens: int) -> BatchRun:
+    started_s = time.perf_counter()
+    texts = peer.generate_batch(prompts, max_new_tokens=max_new_tokens)
+    return BatchRun(time.perf_counter() - started_s, texts)
+
+
+def measure(model: LoadedModel, peer: TransformersContender, *, prompts: Prompts, batch_size: int, num_rounds: int,
             max_new_tokens: int) -> list[dict[str, object]]:  # fmt: skip
     """One row a contender at this batch size."""
     params = SamplingParams(max_new_tokens=max_new_tokens, ignore_eos=True)
@@ -84,28 +134,18 @@ def measure(model: LoadedModel, prompts: Prompts, *, batch_size: int, num_rounds
         "kangaroo": LLM(model, build_drafter(model, "kangaroo"), limits=limits, pace=Pace()),
         "kangaroo, always drafting": LLM(model, build_drafter(model, "kangaroo"), limits=limits),
     }
-    peer = TransformersContender(model.folder, eos_ids=frozenset())
-
-    def run_peer(batch: Prompts) -> BatchRun:
-        started_s = time.perf_counter()
-        texts = peer.generate_batch(batch, max_new_tokens=max_new_tokens)
-        return BatchRun(time.perf_counter() - started_s, texts)
-
-    run_by: dict[str, Callable[[Prompts], BatchRun]] = {"transformers": run_peer}
-    for name, llm in llms.items():
-        run_by[name] = lambda batch, llm=llm: run_engine(llm, batch, params)  # type: ignore[misc]
-    runs: dict[str, list[BatchRun]] = {name: [] for name in run_by}
-    for run in run_by.values():
-        run(prompts[:batch_size])
-    for round_id in range(num_rounds):
+    runs: dict[str, list[BatchRun]] = {name: [] for name in llms} | {"transformers": []}
+    # The first round warms up, and lets the pace learn.
+    for round_id in range(num_rounds + 1):
         batch = [prompts[(round_id * batch_size + index) % len(prompts)] for index in range(batch_size)]
-        order = list(run_by)
-        random.Random(round_id).shuffle(order)
-        for name in order:
-            runs[name].append(run_by[name](batch))
+        for name, run in run_engines(llms, batch, params, round_id=round_id).items():
+            runs[name] += [run] if round_id else []
+        if round_id < NUM_PEER_ROUNDS:
+            runs["transformers"].append(run_peer(peer, batch, max_new_tokens=max_new_tokens))
+    runs["transformers"] = runs["transformers"][1:]
     rows = []
     for name, mine in runs.items():
-        ratios = [one.tokens_per_s / other.tokens_per_s for one, other in zip(mine, runs["plain"], strict=True)]
+        ratios = [one.tokens_per_s / other.tokens_per_s for one, other in zip(mine, runs["plain"], strict=False)]
         latencies = [value for one in mine for value in one.latencies_s]
         pace = llms[name].engine.pace if name in llms else None
         rows.append({
@@ -119,7 +159,7 @@ def measure(model: LoadedModel, prompts: Prompts, *, batch_size: int, num_rounds
             "gap_p99_s": percentile([value for one in mine for value in one.gaps_s], 0.99),
             "share_drafting": pace.num_drafting / pace.num_steps if pace else None,
             "num_texts": sum(len(one.texts) for one in mine),
-            "num_equal": sum(a == b for one, other in zip(mine, runs["plain"], strict=True)
+            "num_equal": sum(a == b for one, other in zip(mine, runs["plain"], strict=False)
                              for a, b in zip(one.texts, other.texts, strict=True)),
         })  # fmt: skip
     return rows
@@ -147,8 +187,10 @@ def main() -> None:
     prompts = [tuple(model.tokenizer.encode(prompt.text)) for prompt in read_prompts(args.prompts)]
     random.Random(0).shuffle(prompts)
     rows: list[dict[str, object]] = []
+    peer = TransformersContender(model.folder, eos_ids=frozenset())
     for batch_size in BATCH_SIZES:
-        rows += measure(model, prompts, batch_size=batch_size, num_rounds=args.num_rounds,
+        num_rounds = max(args.num_rounds, MIN_TEXTS // batch_size)
+        rows += measure(model, peer, prompts=prompts, batch_size=batch_size, num_rounds=num_rounds,
                         max_new_tokens=args.max_new_tokens)  # fmt: skip
         print(markdown_table(["", *[""] * 9], [describe(row) for row in rows[-4:]]), flush=True)
     facts = stamp()
@@ -157,9 +199,11 @@ def main() -> None:
               "steps that drafted", "texts equal plain's"]  # fmt: skip
     text = "\n\n".join([
         "# Batches", stamp_text(facts),
-        f"The bundled model, greedy, {args.max_new_tokens} tokens a text, {args.num_rounds} rounds; tokens a second "
-        "span prefill and decoding; ratios are means over rounds, with a bootstrap interval. Latency is the time "
-        "between two emissions of a text, shared by the tokens of the second; beside it, the time not shared.",
+        f"The bundled model, greedy, {args.max_new_tokens} tokens a text, at least {args.num_rounds} rounds and "
+        f"{MIN_TEXTS} texts; tokens a second span prefill and decoding; ratios are means over rounds, with a bootstrap "
+        "interval. The engines take turns every few milliseconds; a warm-up round, in which the pace learns, is left "
+        "out. Latency is the time between two emissions of a text, shared by the tokens of the second; beside it, the "
+        "time not shared.",
         markdown_table(header, [describe(row) for row in rows]),
         "`kangaroo` adapts the depth of its drafts to what steps of the batch size cost (engine/pace.py); transformers "
         "pads prompts on the left and does not promise plain's texts.",

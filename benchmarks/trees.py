@@ -14,7 +14,7 @@ from kangaroo.bench.comparison import compare, interleave
 from kangaroo.bench.contenders import KangarooContender
 from kangaroo.bench.prompts import read_prompts
 from kangaroo.bench.record import markdown_table, stamp, stamp_text, write_result
-from kangaroo.drafters.base import MAX_NODES, Sequence
+from kangaroo.drafters.base import MAX_NODES, Prices, Sequence
 from kangaroo.drafters.settings import KangarooSettings
 from kangaroo.engine.pace import Pace
 from kangaroo.llm import LLM, build_drafter
@@ -28,9 +28,9 @@ ETAS = (0.3, 0.1)
 class Priced(Pace):
     """Drafts always, at a price of nodes that was measured before."""
 
-    def __init__(self, node_price: float) -> None:
+    def __init__(self, price: float) -> None:
         super().__init__()
-        self.node_price = node_price
+        self.prices = Prices(branch=price, chain=price)
 
     def limit(self, sequences: SequenceOf[Sequence]) -> int:
         """As deep as the drafter will."""
@@ -47,7 +47,7 @@ def measure_price(model: LoadedModel, prompts: list[tuple[int, ...]]) -> float:
     prices = []
     for prompt in prompts:
         llm.generate(prompt, SamplingParams(max_new_tokens=128))
-        prices.append(pace.node_price)
+        prices.append(pace.prices.branch)
     return statistics.median(prices)
 
 

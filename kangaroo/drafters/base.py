@@ -5,7 +5,7 @@ Shapes: B sequences, N draft nodes (padded), R packed rows.
 
 from collections.abc import Sequence as SequenceOf
 from dataclasses import dataclass, field
-from typing import Protocol
+from typing import NamedTuple, Protocol
 
 from kangaroo.model.cache import KVCache, Segment
 from kangaroo.model.transformer import Transformer
@@ -14,8 +14,6 @@ from kangaroo.types import Draft, Outcome, Request, TokenLogprobs
 
 # The most nodes of a draft, its root included: caches hold this many slots behind the text.
 MAX_NODES = 64
-# What a node must promise to be worth verifying, until its price has been measured.
-DEFAULT_NODE_PRICE = 0.05
 
 
 @dataclass(eq=False)
@@ -51,17 +49,29 @@ class Sequence:
         self.prefix.append(token)
 
 
+class Prices(NamedTuple):
+    """The chance of being accepted at which one more node pays for itself.
+
+    branch: for a guess beside others, and for one of a tree that is known as a whole. chain: for the next token of a
+    chain behind its first, judged by the confidences on the way to it; 0 leaves chains to the stopping rule.
+    """
+
+    branch: float = 0.05
+    chain: float = 0.0
+
+
+# Until they have been measured.
+DEFAULT_PRICES = Prices()
+
+
 @dataclass(frozen=True)
 class Batch:
-    """The sequences of one step, with the target and the cache that a self-drafting drafter shares.
-
-    node_price: the chance of being accepted at which one more node pays for its verification, as measured.
-    """
+    """The sequences of one step, with the target, the cache that a self-drafting drafter shares, and prices."""
 
     target: Transformer
     cache: KVCache
     sequences: SequenceOf[Sequence]
-    node_price: float = DEFAULT_NODE_PRICE
+    prices: Prices = DEFAULT_PRICES
 
     def segment(
         self, row: int, *, num_rows: int, first_node: int = 0, parents: SequenceOf[int] | None = None

@@ -106,7 +106,7 @@ class DraftModelDrafter:
             return draft_roots(batch)
         self._growths.update((growth.sequence, growth) for growth in growing)
         grow_all(growths, self._guess, branching=self._branching, threshold=self._stopping.threshold,
-                 price=batch.node_price)  # fmt: skip
+                 prices=batch.prices)  # fmt: skip
         return assemble(growths)
 
     def accept(self, sequences: SequenceOf[Sequence], outcome: Outcome) -> None:

@@ -11,7 +11,7 @@ import torch
 from numpy import ndarray
 from torch import Tensor
 
-from kangaroo.drafters.base import Sequence, place_nodes
+from kangaroo.drafters.base import Prices, Sequence, place_nodes
 from kangaroo.drafters.tree import CHAIN, Branching, Guesses, Tree
 from kangaroo.model.cache import KVCache, Segment
 from kangaroo.sampling import DRAFT_STREAM, choose_children, derive_seed, distribution
@@ -73,7 +73,7 @@ def draw(growths: SequenceOf[Growth], logits: Tensor, *, num_siblings: int) -> l
 
 
 def add_level(
-    growths: SequenceOf[Growth], guesses: SequenceOf[Guesses], *, branching: Branching, threshold: float, price: float
+    growths: SequenceOf[Growth], guesses: SequenceOf[Guesses], *, branching: Branching, threshold: float, prices: Prices
 ) -> None:
     """Add a level to every tree, from one Guesses for each frontier node; the arguments are those of Tree.grow()."""
     first = 0
@@ -84,7 +84,7 @@ def add_level(
             guesses[first : first + count],
             branching if growth.is_coupled else CHAIN,
             threshold=threshold,
-            price=price,
+            prices=prices,
             is_last=growth.depth >= growth.max_depth,
         )
         first += count
@@ -92,7 +92,7 @@ def add_level(
 
 def grow_all(
     growths: SequenceOf[Growth], guess: Callable[[list[Growth]], list[Guesses]], *, branching: Branching,
-    threshold: float, price: float
+    threshold: float, prices: Prices
 ) -> None:  # fmt: skip
     """Add levels to all trees until none has a frontier; guess says what may follow the frontiers of those that have.
 
@@ -100,7 +100,7 @@ def grow_all(
     """
     growing = [growth for growth in growths if growth.max_depth > 0]
     while growing:
-        add_level(growing, guess(growing), branching=branching, threshold=threshold, price=price)
+        add_level(growing, guess(growing), branching=branching, threshold=threshold, prices=prices)
         growing = [growth for growth in growing if growth.tree.frontier]
 
 

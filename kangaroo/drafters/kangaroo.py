@@ -17,7 +17,7 @@ import torch
 from torch import Tensor
 
 from kangaroo.drafters.adapter import Adapter, check_exit_layer
-from kangaroo.drafters.base import Batch, Sequence, draft_roots, place_nodes
+from kangaroo.drafters.base import Batch, Prices, Sequence, draft_roots, place_nodes
 from kangaroo.drafters.growing import Growth, add_level, assemble, draw, likeliest, place_frontier, plant
 from kangaroo.drafters.settings import KangarooSettings
 from kangaroo.drafters.stopping import StoppingPolicy, choose_stopping
@@ -133,7 +133,7 @@ class KangarooDrafter:
         hidden = self._catch_up(growing)
         is_blind = is_greedy and self._stopping.threshold == 0 and device.type != "cpu"
         while growing:
-            tokens = self._grow(growing, hidden, price=batch.node_price, is_greedy=is_greedy, is_blind=is_blind)
+            tokens = self._grow(growing, hidden, prices=batch.prices, is_greedy=is_greedy, is_blind=is_blind)
             growing = [growth for growth in growing if growth.level]
             if growing:
                 levels.append((growing, tokens))
@@ -213,7 +213,7 @@ class KangarooDrafter:
             growth.fed.update(growth.tree.frontier)
         return self._adapter.run(torch.cat(fresh), attention=CachedPass(self._cache, segments))
 
-    def _grow(self, growths: SequenceOf[_Growth], hidden: Tensor, *, price: float, is_greedy: bool,
+    def _grow(self, growths: SequenceOf[_Growth], hidden: Tensor, *, prices: Prices, is_greedy: bool,
               is_blind: bool) -> Tensor:  # fmt: skip
         """Add a level to every tree, from the states [F, D] that left the adapter; returns its tokens."""
         if is_greedy:
@@ -224,7 +224,7 @@ class KangarooDrafter:
             logits = self._target.logits(hidden, self._adapter.final_norm)
             guesses = draw(growths, logits, num_siblings=self._branching.num_siblings)
         num_before = [len(growth.tree.tokens) for growth in growths]
-        add_level(growths, guesses, branching=self._branching, threshold=self._stopping.threshold, price=price)
+        add_level(growths, guesses, branching=self._branching, threshold=self._stopping.threshold, prices=prices)
         tokens = []
         for growth, first in zip(growths, num_before, strict=True):
             growth.level = range(first, len(growth.tree.tokens))
@@ -246,7 +246,7 @@ class KangarooDrafter:
             (batch.cache, self._cache),
             self._adapter.packed,
             starts=starts,
-            plan=(self.exit_layer, branching.num_siblings, branching.max_nodes, stopping.threshold, batch.node_price),
+            plan=(self.exit_layer, branching.num_siblings, branching.max_nodes, stopping.threshold, *batch.prices),
             pending=pending[0] if len(pending) == 1 else torch.cat(pending),
             norm=self._adapter.final_norm,
         )

@@ -79,7 +79,7 @@ class LayerSkipDrafter:
         longest = min(self._stopping.max_length, self._branching.max_nodes - 1)
         growths = [plant(sequence, min(longest, sequence.max_draft)) for sequence in batch.sequences]
         grow_all(growths, lambda growing: self._guess(growing, self._run(batch, growing)), branching=self._branching,
-                 threshold=self._stopping.threshold, price=batch.node_price)  # fmt: skip
+                 threshold=self._stopping.threshold, prices=batch.prices)  # fmt: skip
         self._depths.update((growth.sequence, growth.depth) for growth in growths if growth.depth)
         return assemble(growths)
 

@@ -88,7 +88,7 @@ class MedusaDrafter:
         is_chain = self._branching.num_siblings == 1
         is_greedy = is_chain and not any(needs_logits(growth.params) for growth in growths if growth.max_depth > 0)
         grow_all(growths, self._argmax if is_greedy else self._draw, branching=self._branching,
-                 threshold=self._stopping.threshold, price=batch.node_price)  # fmt: skip
+                 threshold=self._stopping.threshold, prices=batch.prices)  # fmt: skip
         for growth in growths:
             self._memory[growth.sequence].num_drafted = growth.depth
         return assemble(growths)

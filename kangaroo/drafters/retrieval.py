@@ -54,7 +54,7 @@ class RetrievalDrafter:
 
     def draft(self, batch: Batch) -> Draft:
         """Look up every sequence's end; its root alone where the datastore has nothing that pays."""
-        trees = [self._look_up(sequence, batch.node_price) for sequence in batch.sequences]
+        trees = [self._look_up(sequence, batch.prices.branch) for sequence in batch.sequences]
         return Draft([tokens for tokens, _ in trees], [parents for _, parents in trees])
 
     def accept(self, sequences: SequenceOf[Sequence], outcome: Outcome) -> None:

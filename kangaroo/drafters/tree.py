@@ -4,7 +4,7 @@ from collections.abc import Sequence as SequenceOf
 from dataclasses import dataclass
 from typing import NamedTuple
 
-from kangaroo.drafters.base import DEFAULT_NODE_PRICE, MAX_NODES
+from kangaroo.drafters.base import DEFAULT_PRICES, MAX_NODES, Prices
 from kangaroo.errors import SettingsError
 
 
@@ -48,8 +48,9 @@ class Tree:
         self.confidences = [1.0]
         self.frontier = range(1)
         self._chances = [1.0]
-        # The end of the branch of first guesses.
+        # The end of the branch of first guesses, and the product of the confidences on it.
         self._spine = 0
+        self._spine_chance = 1.0
 
     def drafted(self, node: int) -> list[int]:
         """The guesses on the way from the root to a node, the node's own last."""
@@ -61,12 +62,14 @@ class Tree:
 
     def grow(
         self, guesses: SequenceOf[Guesses], branching: Branching, *, threshold: float,
-        price: float = DEFAULT_NODE_PRICE, is_last: bool
+        prices: Prices = DEFAULT_PRICES, is_last: bool
     ) -> range:  # fmt: skip
         """Add a level: children of the frontier's nodes, one Guesses each, that are worth verifying; returns them.
 
-        The first guess behind the branch of first guesses always joins, as in a chain. Any other must promise more
-        than price, its chance being the product of the probabilities on its way, and find room among max_nodes.
+        The first guess behind the branch of first guesses joins as in a chain: always at first, later where the
+        confidences on its way promise prices.chain; that they do not depend on what was drawn keeps every rule of
+        acceptance lossless. Any other must promise prices.branch, its chance being the product of the probabilities
+        on its way, and find room among max_nodes.
         The new frontier are those of confidence at least threshold, none where this level is_last.
         """
         found = []
@@ -74,7 +77,11 @@ class Tree:
             for rank, (token, probability) in enumerate(zip(tokens, probabilities, strict=True)):
                 on_spine = rank == 0 and node == self._spine
                 chance = self._chances[node] * probability
-                if on_spine or chance >= price:
+                pays = chance >= prices.branch
+                if on_spine:
+                    self._spine_chance *= confidence
+                    pays = node == 0 or self._spine_chance >= prices.chain
+                if pays:
                     found.append((on_spine, chance, node, token, probability if rank else confidence))
         found.sort(key=lambda one: (one[0], one[1]), reverse=True)
         del found[branching.max_nodes - len(self.tokens) :]

@@ -142,7 +142,7 @@ class Engine:
             sequence.max_draft = min(one.room - 1, limit)
         batch = Batch(self.target, self._cache, sequences)
         if pace is not None:
-            batch = replace(batch, node_price=pace.node_price)
+            batch = replace(batch, prices=pace.prices)
         draft = self.drafter.draft(batch)
         drafted_s = self._now_s()
         outcome = verify_draft(batch, self.drafter, draft=draft)

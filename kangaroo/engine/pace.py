@@ -8,7 +8,7 @@ from collections import deque
 from collections.abc import Sequence as SequenceOf
 from statistics import mean, median
 
-from kangaroo.drafters.base import DEFAULT_NODE_PRICE, MAX_NODES, Sequence, is_chain
+from kangaroo.drafters.base import DEFAULT_PRICES, MAX_NODES, Prices, Sequence, is_chain
 from kangaroo.types import Draft, Outcome
 
 # A gain or loss below this is within what measurements of single steps tell apart.
@@ -83,7 +83,7 @@ class Pace:
 
     def __init__(self) -> None:
         self.num_steps, self.num_drafting = 0, 0
-        self.node_price = DEFAULT_NODE_PRICE
+        self.prices = DEFAULT_PRICES
         self._loads: dict[int, _Load] = {}
         self._verify_s: dict[int, deque[float]] = {}
         # Tokens drafted and accepted where nothing but the drafter bounded the draft.
@@ -134,7 +134,7 @@ class Pace:
         if self._since_choice >= CHOOSE_EVERY:
             self._since_choice = 0
             self._turn(self._choose(load))
-            self.node_price = self._price_node(load)
+            self._set_prices(load)
         self._since_probe += 1
         if self._limit:
             self._patience = MIN_PATIENCE
@@ -178,7 +178,8 @@ class Pace:
         whole = load.ratio(MAX_NODES)
         assert whole is not None, "a load is known by what whole drafts cost"
         gain = (1 + mean(accepted for _, accepted in self._drafts)) / whole
-        if gain >= (1 / MIN_GAIN if self._limit == MAX_NODES else MIN_GAIN):
+        # A gain that measurements cannot tell from none is no reason to begin; a loss is one to stop.
+        if gain >= (1.0 if self._limit == MAX_NODES else MIN_GAIN):
             return MAX_NODES
         best, best_gain = 0, MIN_GAIN
         num_drafted = sum(depth for depth, _ in self._drafts)
@@ -193,12 +194,13 @@ class Pace:
                 best, best_gain = bound, gain
         return best
 
-    def _price_node(self, load: _Load) -> float:
-        """The chance of being accepted at which one more node pays for its verification."""
+    def _set_prices(self, load: _Load) -> None:
+        """Find the chance of being accepted at which one more node pays for its verification."""
         known = sorted((rows, median(times)) for rows, times in self._verify_s.items() if len(times) >= NUM_NEEDED)
         if len(known) < 2:
-            return self.node_price
+            return
         (few, fast_s), (many, slow_s) = known[0], known[-1]
         row_s = max(0.0, (slow_s - fast_s) / (many - few))
         # A token is worth the time that plain decoding takes for one.
-        return min(1.0, row_s * self._batch_size / load.plain_s)
+        price = min(1.0, row_s * self._batch_size / load.plain_s)
+        self.prices = Prices(branch=price, chain=price)

@@ -47,7 +47,7 @@ def draft(
     target: tuple[Stack, Cache, tuple[int, int, int]],
     adapter: tuple[Stack, Cache, tuple[int, int, int]],
     starts: Sequence[tuple[int, int, int, int, int, int, int, tuple[int, float, int, float, float]]],
-    plan: tuple[int, int, int, float, float],
+    plan: tuple[int, int, int, float, float, float],
     pending_states: tuple[int, int, int],
     embedding_head: tuple[Weight, float, Weight, int, float, float],
 ) -> list[tuple[list[int], list[int], list[float]]]: ...

@@ -97,6 +97,8 @@ Draw = tuple[int, float, int, float, float]
 # A sequence to draft for: slot and committed tokens in the target's cache, the same in the adapter's, root token,
 # pending states, most levels, and how to draw.
 Start = tuple[int, int, int, int, int, int, int, Draw]
+# What drafts may grow to, see Head.draft.
+Plan = tuple[int, int, int, float, float, float]
 # A head, the address of its norm or 0, the norm's epsilon, a soft cap, and where the results go.
 HeadPass = tuple[Weight, int, float, float, tuple[int, int, int]]
 # Tokens, parents and confidences of a draft's nodes, root first.
@@ -194,15 +196,16 @@ class Head:
         return ids, confidence
 
     def draft(
-        self, target: Place, adapter: Place, *, starts: Sequence[Start], plan: tuple[int, int, int, float, float],
+        self, target: Place, adapter: Place, *, starts: Sequence[Start], plan: Plan,
         pending: Tensor, embedding_norm: tuple[Weight, float, Tensor]
     ) -> tuple[list[Nodes], Tensor]:  # fmt: skip
         """Draft in one call: layers [0, e) of target, the adapter's one layer, norm [D], this head.
 
         plan: exit layer e, siblings a node may have, most nodes of a draft, the confidence below which a node gets no
-        children, and the chance a node must promise; trees grow as drafters/tree.py says. pending: [P, D], states
-        entering layer e that the adapter has not seen, sequence by sequence; embedding_norm: the embedding, its scale,
-        and the norm. Returns every sequence's nodes, and the states [R, D] of all of them that enter layer e.
+        children, and what a branch and a chain's token must promise; trees grow as drafters/tree.py says. pending:
+        [P, D], states entering layer e that the adapter has not seen, sequence by sequence; embedding_norm: the
+        embedding, its scale, and the norm. Returns every sequence's nodes, and the states [R, D] of all of them that
+        enter layer e.
         """
         embedding, scale, norm = embedding_norm
         size, max_nodes = self.weight.num_inputs, plan[2]

@@ -170,7 +170,7 @@ class PackedTransformer(Transformer):
 
     def draft(
         self, caches: tuple[KVCache, KVCache], adapter: PackedStack, *, starts: Sequence[cpu.Start],
-        plan: tuple[int, int, int, float, float], pending: Tensor, norm: Tensor
+        plan: cpu.Plan, pending: Tensor, norm: Tensor
     ) -> tuple[list[cpu.Nodes], Tensor]:  # fmt: skip
         """Draft with layers [0, e) and an adapter in one call, caches being theirs; cpu.Head.draft says how."""
         num_more = min(plan[2], 1 + max(start[6] for start in starts)) if plan[1] == 1 else plan[2]

@@ -12,7 +12,7 @@ import torch
 from torch import Tensor
 
 from kangaroo.drafters import draft_model as module
-from kangaroo.drafters.base import MAX_NODES, Batch
+from kangaroo.drafters.base import DEFAULT_PRICES, MAX_NODES, Batch
 from kangaroo.drafters.draft_model import DraftModelDrafter, build, check_vocabulary
 from kangaroo.drafters.settings import DraftModelSettings, find_settings
 from kangaroo.drafters.stopping import ConfidenceThreshold, FixedLength, StoppingPolicy
@@ -198,7 +198,7 @@ def test_long_prompts_reach_the_draft_model_in_blocks(monkeypatch: pytest.Monkey
 class EverySecondStep:
     """A pace at which every second step drafts nothing."""
 
-    node_price = 0.05
+    prices = DEFAULT_PRICES
 
     def __init__(self) -> None:
         self._limit = 0

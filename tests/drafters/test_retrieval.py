@@ -11,7 +11,7 @@ import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 
-from kangaroo.drafters.base import DEFAULT_NODE_PRICE, Drafter
+from kangaroo.drafters.base import DEFAULT_PRICES, Drafter
 from kangaroo.drafters.datastore import Datastore, build_datastore
 from kangaroo.drafters.plain import PlainDrafter
 from kangaroo.drafters.retrieval import DISCOUNT, RetrievalDrafter, build, merge
@@ -124,7 +124,7 @@ def test_a_merged_tree_holds_the_likeliest_beginnings(rows, length, max_nodes, n
 
 def test_the_most_frequent_branch_comes_first() -> None:
     rows = [[1, 2], [1, 3], [1, 3], [4, 5]]
-    assert merge(0, rows, length=16, num_siblings=9, max_nodes=9, price=DEFAULT_NODE_PRICE) == (
+    assert merge(0, rows, length=16, num_siblings=9, max_nodes=9, price=DEFAULT_PRICES.branch) == (
         [0, 1, 3, 4, 2, 5], [-1, 0, 1, 0, 1, 3],
     )  # fmt: skip
 

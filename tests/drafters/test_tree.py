@@ -6,7 +6,7 @@ import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 
-from kangaroo.drafters.base import MAX_NODES
+from kangaroo.drafters.base import MAX_NODES, Prices
 from kangaroo.drafters.tree import CHAIN, Branching, Guesses, Tree, merge
 from kangaroo.errors import SettingsError
 
@@ -19,9 +19,10 @@ def guesses(*probabilities: float, first_token: int = 10) -> Guesses:
 
 
 def grow(
-    tree: Tree, level: Sequence[Guesses], branching: Branching = WIDE, *, threshold: float = 0.0, price: float = 0.05
-) -> range:
-    return tree.grow(level, branching, threshold=threshold, price=price, is_last=False)
+    tree: Tree, level: Sequence[Guesses], branching: Branching = WIDE, *, threshold: float = 0.0, price: float = 0.05,
+    chain: float = 0.0
+) -> range:  # fmt: skip
+    return tree.grow(level, branching, threshold=threshold, prices=Prices(price, chain), is_last=False)
 
 
 def test_tree_begins_as_its_root() -> None:
@@ -53,6 +54,27 @@ def test_branch_of_first_guesses_always_joins(probability: float) -> None:
     assert tree.parents == [-1, 0, 1, 2, 3]
     assert tree.confidences == [1.0] + [probability] * 4
     assert tree.drafted(4) == [10, 20, 30, 40]
+
+
+def test_chain_ends_where_its_next_token_does_not_pay() -> None:
+    tree = Tree(7)
+    # The first guess always joins; then the product of the confidences counts, not what one token promises.
+    assert grow(tree, [guesses(0.1)], CHAIN, chain=0.3) == range(1, 2)
+    assert grow(tree, [guesses(0.9)], CHAIN, chain=0.3) == range(2, 2)
+    assert (tree.frontier, tree.tokens) == (range(2, 2), [7, 10])
+    tree = Tree(7)
+    for depth in range(1, 4):
+        assert grow(tree, [guesses(0.7)], CHAIN, chain=0.3) == range(depth, depth + 1)
+    assert grow(tree, [guesses(0.7)], CHAIN, chain=0.3) == range(4, 4)
+
+
+def test_chain_of_drawn_tokens_ends_by_the_confidences_alone() -> None:
+    # What was drawn must not decide whether it is verified: rejection sampling would be off.
+    for probability in (0.001, 0.9):
+        tree = Tree(7)
+        for depth in range(1, 4):
+            drawn = Guesses([depth], [probability], 0.9)
+            assert grow(tree, [drawn], CHAIN, chain=0.8) == (range(depth, depth + 1) if depth < 3 else range(3, 3))
 
 
 def test_other_guesses_must_promise_the_price() -> None:
@@ -90,7 +112,7 @@ def test_full_tree_stops_growing(max_nodes: int) -> None:
 
 def test_last_level_has_no_children() -> None:
     tree = Tree(7)
-    level = tree.grow([guesses(0.9, 0.1)], WIDE, threshold=0.0, price=0.05, is_last=True)
+    level = tree.grow([guesses(0.9, 0.1)], WIDE, threshold=0.0, is_last=True)
     assert level == range(1, 3)
     assert len(tree.frontier) == 0
 
@@ -134,10 +156,10 @@ level_of_three = st.lists(st.floats(0, 1), min_size=1, max_size=3)
     num_siblings=st.integers(1, 3),
     max_nodes=st.integers(2, 20),
     threshold=st.floats(0, 1),
-    price=st.floats(0, 1),
+    prices=st.builds(Prices, st.floats(0, 1), st.floats(0, 1)),
 )
 def test_tree_keeps_its_promises(
-    plan: list[list[list[float]]], num_siblings: int, max_nodes: int, threshold: float, price: float
+    plan: list[list[list[float]]], num_siblings: int, max_nodes: int, threshold: float, prices: Prices
 ) -> None:
     tree, chances, spine = Tree(7), [1.0], 0
     branching = Branching(num_siblings, max_nodes)
@@ -150,7 +172,7 @@ def test_tree_keeps_its_promises(
             for index, node in enumerate(frontier)
         ]
         before = len(tree.tokens)
-        new = tree.grow(level, branching, threshold=threshold, price=price, is_last=depth == len(plan) - 1)
+        new = tree.grow(level, branching, threshold=threshold, prices=prices, is_last=depth == len(plan) - 1)
         assert new == range(before, len(tree.tokens))
         assert len(tree.tokens) <= max_nodes
         assert len(tree.tokens) == len(tree.parents) == len(tree.confidences)
@@ -160,11 +182,15 @@ def test_tree_keeps_its_promises(
             tokens, probabilities, _ = level[parent - frontier.start]
             rank = tokens.index(tree.tokens[node])
             chances.append(chances[parent] * probabilities[rank])
-            assert chances[node] >= price or (rank == 0 and parent == spine)
+            if rank == 0 and parent == spine:
+                # The first guess is the likeliest, so that its confidence is its probability.
+                assert parent == 0 or chances[node] >= prices.chain
+            else:
+                assert chances[node] >= prices.branch
             assert tree.drafted(node) == [*tree.drafted(parent), tree.tokens[node]]
         if spine in frontier:
             first = level[spine - frontier.start].tokens[0]
-            (spine,) = (node for node in new if tree.parents[node] == spine and tree.tokens[node] == first)
+            spine = next((node for node in new if tree.parents[node] == spine and tree.tokens[node] == first), -1)
         # Those that are followed are the first of the level, and all of them confident.
         assert tree.frontier.start == before
         assert all(tree.confidences[node] >= threshold for node in tree.frontier)

@@ -9,7 +9,7 @@ from unittest import mock
 
 from hypothesis import strategies as st
 
-from kangaroo.drafters.base import MAX_NODES, Batch, Drafter, Sequence
+from kangaroo.drafters.base import DEFAULT_PRICES, MAX_NODES, Batch, Drafter, Prices, Sequence
 from kangaroo.drafters.plain import PlainDrafter
 from kangaroo.engine.decoding import Decoding
 from kangaroo.engine.engine import Engine
@@ -103,16 +103,16 @@ def scenarios(mode: str) -> st.SearchStrategy[Scenario]:
 
 
 class Pace:
-    """Bounds drafts by one number after another, and changes the price of nodes with them."""
+    """Bounds drafts by one number after another, and changes prices with them."""
 
     def __init__(self, limits: tuple[int, ...]) -> None:
         self._limits = limits
         self._num_steps = 0
-        self.node_price = 0.0
+        self.prices = DEFAULT_PRICES
 
     def limit(self, sequences: SequenceOf[Sequence]) -> int:
         self._num_steps += 1
-        self.node_price = (0.0, 0.05, 0.3)[self._num_steps % 3]
+        self.prices = (Prices(0.0, 0.0), Prices(0.05, 0.0), Prices(0.3, 0.01))[self._num_steps % 3]
         return self._limits[self._num_steps % len(self._limits)]
 
     def observe(self, draft: Draft, outcome: Outcome, *, draft_time_s: float, verify_time_s: float) -> None:

@@ -307,6 +307,7 @@ struct Tree {
   std::vector<double> chances{1.0};
   std::vector<float> states;  // [nodes, D], those that leave the shallow layers
   size_t spine = 0, depth = 0;
+  double spine_chance = 1.0;  // the product of the confidences on the spine
   size_t level = 0, frontier_end = 1;  // the newest level starts at level, its frontier ends at frontier_end
   bool is_chain = true;
 
@@ -323,7 +324,7 @@ struct Tree {
 struct Growth {
   size_t num_siblings, max_nodes;
   float threshold;
-  double price;
+  double branch_price, chain_price;
 };
 
 // A guess for the token behind a node.
@@ -600,11 +601,16 @@ class Drafting {
     prepare_shallow();
   }
 
-  void add_guess(const Tree& tree, std::vector<Guess>& found, Guess guess, size_t sibling, size_t row) const {
+  void add_guess(Tree& tree, std::vector<Guess>& found, Guess guess, size_t sibling, size_t row) const {
     guess.confidence = sibling == 0 ? confidences_[row] : static_cast<float>(guess.chance);
     guess.on_spine = sibling == 0 && guess.node == tree.spine;
     guess.chance *= tree.chances[guess.node];
-    if (guess.on_spine || guess.chance >= growth_.price) found.push_back(guess);
+    bool pays = guess.chance >= growth_.branch_price;
+    if (guess.on_spine) {
+      tree.spine_chance *= confidences_[row];
+      pays = guess.node == 0 || tree.spine_chance >= growth_.chain_price;
+    }
+    if (pays) found.push_back(guess);
   }
 
   void add_level(Tree& tree, std::vector<Guess>& found) const {
@@ -648,12 +654,12 @@ class Drafting {
 
 // pending_states: addresses of the states [P, D] the adapter has not seen and of room for those of every node that
 // leave layer exit_layer, written sequence by sequence, and how many rows that room has. plan: exit layer, siblings,
-// most nodes, threshold, price. Returns the nodes of every sequence.
+// most nodes, threshold, prices of a branch and of a chain. Returns the nodes of every sequence.
 std::vector<Nodes> draft(const Place& target, const Place& adapter, const std::vector<Start>& starts,
-                         std::tuple<size_t, size_t, size_t, float, double> plan,
+                         std::tuple<size_t, size_t, size_t, float, double, double> plan,
                          std::tuple<uintptr_t, uintptr_t, size_t> pending_states,
                          std::tuple<const Weight&, float, const Weight&, uintptr_t, float, float> embedding_head) {
-  const auto& [exit_layer, num_siblings, max_nodes, threshold, price] = plan;
+  const auto& [exit_layer, num_siblings, max_nodes, threshold, branch_price, chain_price] = plan;
   const auto& [pending, states, num_rows] = pending_states;
   const auto& [embedding, embedding_scale, output, norm, norm_eps, softcap] = embedding_head;
   const Stack& stack = std::get<0>(target);
@@ -669,8 +675,8 @@ std::vector<Nodes> draft(const Place& target, const Place& adapter, const std::v
   head.norm = at<const float>(norm);
   head.norm_eps = norm_eps;
   head.softcap = softcap;
-  Drafting drafting(target, adapter, exit_layer, {num_siblings, max_nodes, threshold, price}, embedding,
-                    embedding_scale, head);
+  const Growth growth{num_siblings, max_nodes, threshold, branch_price, chain_price};
+  Drafting drafting(target, adapter, exit_layer, growth, embedding, embedding_scale, head);
   // Nothing may be refused once the threads run: the largest trees there can be are checked here.
   Pass shallow = make_pass(stack, std::get<1>(target), {0, exit_layer}, std::get<2>(target));
   Pass adapted = make_pass(std::get<0>(adapter), std::get<1>(adapter), {0, 1}, std::get<2>(adapter));
