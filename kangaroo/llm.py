@@ -32,6 +32,8 @@ COMPANIONS = {
     "medusa": "medusa/config.json",
     "layer_skip": "skip_layers.json",
 }
+# The drafters that only look things up.
+FREE = ("prompt_lookup", "retrieval")
 # One prompt as text or token ids, or several.
 Prompts = str | Sequence[int] | Sequence[str] | Sequence[Sequence[int]]
 
@@ -230,7 +232,9 @@ def build_drafter(model: LoadedModel, drafter: str | Settings | None) -> Drafter
     if isinstance(settings, GateSettings):
         return GatedDrafter(model.target, build_drafter(model, settings.drafter), threshold=settings.threshold)
     if isinstance(settings, AutoSettings):
-        return AutoDrafter([build_drafter(model, name) for name in _sources(model, settings)])
+        names = _sources(model, settings)
+        free, others = ([build_drafter(model, one) for one in names if (one in FREE) is kind] for kind in (True, False))
+        return AutoDrafter(free, others)
     built: Drafter = import_module(f"kangaroo.drafters.{settings.name}").build(model, settings)
     return built
 

@@ -109,12 +109,12 @@ def test_auto_takes_prompt_lookup_a_datastore_and_the_best_that_lies_beside_the_
     assert source_names(drafter) == expected
 
 
-def test_auto_takes_the_sources_it_is_told_in_their_order(model: LoadedModel) -> None:
+def test_auto_takes_the_sources_it_is_told_those_first_that_only_look_things_up(model: LoadedModel) -> None:
     for name in ("kangaroo", "medusa"):
         add_companion(model, name)
     drafter = build_drafter(model, AutoSettings(sources=("medusa", "prompt_lookup")))
     assert isinstance(drafter, AutoDrafter)
-    assert source_names(drafter) == ["medusa", "prompt_lookup"]
+    assert source_names(drafter) == ["prompt_lookup", "medusa"]
 
 
 @pytest.mark.parametrize("sources", [("auto",), ("prompt_lookup", "auto")])

@@ -18,6 +18,7 @@ SHARED_BY_DRAFTERS = (
     "stopping",
     "tree",
     "growing",
+    "earnings",
     "ngrams",
     "companion",
     "adapter",

@@ -57,19 +57,22 @@ def plant(sequence: Sequence, max_depth: int) -> Growth:
 
 def draw(growths: SequenceOf[Growth], logits: Tensor, *, num_siblings: int) -> list[Guesses]:
     """What may follow every frontier's nodes, by the draft's logits [F, V] behind them."""
-    confidences, logits = torch.softmax(logits, dim=-1).cpu().numpy(), logits.cpu()
-    guesses: list[Guesses] = []
-    for growth in growths:
-        params, prefix = growth.params, growth.sequence.prefix
-        num_children = num_siblings if growth.is_coupled else 1
-        for node in growth.tree.frontier:
-            row, drafted = len(guesses), growth.tree.drafted(node)
-            tokens = choose_children(logits[row], params, prefix=prefix, drafted=drafted, num_children=num_children)
-            if not growth.is_coupled:
-                growth.proposals[node] = distribution(logits[row], params, prefix=prefix, drafted=drafted)
-            chances = confidences[row]
-            guesses.append(Guesses(tokens, chances[tokens].tolist(), float(chances.max())))
-    return guesses
+    chances, logits = torch.softmax(logits, dim=-1).cpu().numpy(), logits.cpu()
+    nodes = [(growth, node) for growth in growths for node in growth.tree.frontier]
+    return [
+        draw_behind(*place, logits=logits[row], chances=chances[row], num_siblings=num_siblings)
+        for row, place in enumerate(nodes)
+    ]
+
+
+def draw_behind(growth: Growth, node: int, *, logits: Tensor, chances: ndarray, num_siblings: int) -> Guesses:
+    """What may follow one node, by the draft's logits [V] behind it and their softmax [V]."""
+    params, prefix, drafted = growth.params, growth.sequence.prefix, growth.tree.drafted(node)
+    num_children = num_siblings if growth.is_coupled else 1
+    tokens = choose_children(logits, params, prefix=prefix, drafted=drafted, num_children=num_children)
+    if not growth.is_coupled:
+        growth.proposals[node] = distribution(logits, params, prefix=prefix, drafted=drafted)
+    return Guesses(tokens, chances[tokens].tolist(), float(chances.max()))
 
 
 def add_level(

@@ -17,14 +17,14 @@ import torch
 from torch import Tensor
 
 from kangaroo.drafters.base import Batch, Sequence
-from kangaroo.drafters.growing import Growth, assemble, draw, grow_all, likeliest, plant
+from kangaroo.drafters.growing import Growth, assemble, draw_behind, grow_all, plant
 from kangaroo.drafters.medusa_heads import MedusaHeads
 from kangaroo.drafters.settings import MedusaSettings
 from kangaroo.drafters.stopping import StoppingPolicy, choose_stopping
 from kangaroo.drafters.tree import CHAIN, Branching, Guesses
 from kangaroo.errors import HeadsError, SettingsError
 from kangaroo.model.transformer import Transformer
-from kangaroo.sampling import needs_logits
+from kangaroo.sampling import needs_logits, reads_prefix
 from kangaroo.types import Draft, Outcome
 
 if TYPE_CHECKING:
@@ -52,10 +52,10 @@ def build(model: LoadedModel, settings: MedusaSettings) -> MedusaDrafter:
 class _Memory:
     """What is held per sequence between steps.
 
-    normed: the state [1, D] that chose the root, as the heads read it. num_drafted: how deep the last draft was.
+    hidden: the state [1, D] that chose the root. num_drafted: how deep the last draft was.
     """
 
-    normed: Tensor | None = None
+    hidden: Tensor | None = None
     num_drafted: int = 0
 
 
@@ -81,15 +81,16 @@ class MedusaDrafter:
             self._memory[sequence] = _Memory()
 
     def draft(self, batch: Batch) -> Draft:
-        """Grow every tree level by level, each from the next head."""
+        """Ask all heads at once, then grow every tree level by level, each from the next head."""
         longest = min(self._stopping.max_length, self._heads.config.num_heads)
         growths = [plant(sequence, min(longest, sequence.max_draft)) for sequence in batch.sequences]
-        # The fused argmax serves where every tree is a chain of likeliest tokens.
-        is_chain = self._branching.num_siblings == 1
-        is_greedy = is_chain and not any(needs_logits(growth.params) for growth in growths if growth.max_depth > 0)
-        grow_all(growths, self._argmax if is_greedy else self._draw, branching=self._branching,
-                 threshold=self._stopping.threshold, prices=batch.prices)  # fmt: skip
-        for growth in growths:
+        growing = [growth for growth in growths if growth.max_depth > 0]
+        if growing:
+            logits = self._heads.predict(self._read(growing), max(growth.max_depth for growth in growing))
+            guess = _Guesser(growing, logits, num_siblings=self._branching.num_siblings)
+            grow_all(growing, guess, branching=self._branching, threshold=self._stopping.threshold,
+                     prices=batch.prices)  # fmt: skip
+        for growth in growing:
             self._memory[growth.sequence].num_drafted = growth.depth
         return assemble(growths)
 
@@ -97,8 +98,7 @@ class MedusaDrafter:
         """Keep the state of each sequence's last accepted node, whose choice is the next root."""
         for sequence, path, taps in zip(sequences, outcome.paths, outcome.taps, strict=True):
             memory = self._memory[sequence]
-            # One row at a time, so that its numbers cannot depend on the rows beside it.
-            memory.normed = self._heads.normalize(taps[self.taps[0]][-1:])
+            memory.hidden = taps[self.taps[0]][-1:]
             if memory.num_drafted:
                 self._stopping.observe(memory.num_drafted, len(path) - 1)
             memory.num_drafted = 0
@@ -110,17 +110,39 @@ class MedusaDrafter:
 
     def _read(self, growths: SequenceOf[Growth]) -> Tensor:
         """What the heads read for these sequences, [G, D]."""
-        held = [self._memory[growth.sequence].normed for growth in growths]
-        found = [normed for normed in held if normed is not None]
+        held = [self._memory[growth.sequence].hidden for growth in growths]
+        found = [hidden for hidden in held if hidden is not None]
         assert len(found) == len(growths), "a prompt is read before its text is drafted"
         return found[0] if len(found) == 1 else torch.cat(found)
 
-    def _argmax(self, growths: SequenceOf[Growth]) -> list[Guesses]:
-        """What the next head thinks likeliest behind the end of every chain."""
-        return likeliest(*self._heads.guess(self._read(growths), growths[0].depth + 1))
 
-    def _draw(self, growths: SequenceOf[Growth]) -> list[Guesses]:
-        """What may follow each node of every frontier, by what the next head says of its sequence."""
-        rows = [row for row, growth in enumerate(growths) for _ in growth.tree.frontier]
-        logits = self._heads.logits(self._read(growths), growths[0].depth + 1)
-        return draw(growths, logits[rows], num_siblings=self._branching.num_siblings)
+class _Guesser:
+    """What may follow each node of every frontier, by what the next head says of its sequence."""
+
+    def __init__(self, growths: SequenceOf[Growth], logits: Tensor, *, num_siblings: int) -> None:
+        """logits: [K, G, V] of all heads."""
+        self._rows = {growth.sequence: row for row, growth in enumerate(growths)}
+        self._num_siblings = min(num_siblings, logits.shape[-1])
+        chances = torch.softmax(logits, dim=-1)
+        best = chances.topk(self._num_siblings, dim=-1)
+        self._tokens, self._probabilities = best.indices.tolist(), best.values.tolist()
+        if any(needs_logits(growth.params) for growth in growths):
+            self._logits, self._chances = logits.cpu(), chances.cpu().numpy()
+
+    def __call__(self, growths: SequenceOf[Growth]) -> list[Guesses]:
+        level = growths[0].depth
+        guesses: list[Guesses] = []
+        for growth in growths:
+            row, frontier = self._rows[growth.sequence], growth.tree.frontier
+            if not needs_logits(growth.params):
+                probabilities = self._probabilities[level][row]
+                found = [Guesses(self._tokens[level][row], probabilities, probabilities[0])]
+            else:
+                # Only what looks at the text before tells the nodes of a level apart.
+                found = [
+                    draw_behind(growth, node, logits=self._logits[level, row], chances=self._chances[level, row],
+                                num_siblings=self._num_siblings)
+                    for node in (frontier if reads_prefix(growth.params) else frontier[:1])
+                ]  # fmt: skip
+            guesses += found * (len(frontier) // len(found))
+        return guesses

@@ -45,7 +45,9 @@ class MedusaHeads:
         self.tensors = tensors
         self._final_norm = target.final_norm
         self._norm_eps, self._softcap = target.config.norm_eps, target.config.logits_softcap
-        self._packed: list[tuple[cpu.Weight, cpu.Head]] | None = None
+        self._numbers = range(1, config.num_heads + 1)
+        # The final norm and the residual blocks of all heads as one, and what follows each.
+        self._packed: tuple[cpu.Head, list[cpu.Head]] | None = None
 
     @classmethod
     def initialize(cls, target: Transformer, num_heads: int) -> "MedusaHeads":
@@ -84,12 +86,19 @@ class MedusaHeads:
         # The matrices are kept once, packed; their shapes stay.
         shapes = {name: one if one.ndim == 1 else one.to("meta") for name, one in self.tensors.items()}
         packed = MedusaHeads(self.config, target, tensors=shapes)
-        packed._packed = []
-        for number in range(1, self.config.num_heads + 1):
-            weight, bias, head = (self.tensors[f"{name}.{number}"] for name in ("hidden", "bias", "head"))
-            block = cpu.pack(weight, storage=target.storage, bias=bias)
-            own = cpu.Head(cpu.pack(head, storage=target.storage), norm_eps=self._norm_eps, softcap=self._softcap)
-            packed._packed.append((block, own))
+        weights, biases, outputs = ([self.tensors[f"{name}.{number}"] for number in self._numbers]
+                                    for name in ("hidden", "bias", "head"))  # fmt: skip
+        # The identity hands on the normed states.
+        every = torch.cat([*weights, torch.eye(*weights[0].shape, dtype=weights[0].dtype)])
+        bias = torch.cat([*biases, torch.zeros_like(biases[0])])
+        blocks = cpu.pack(every, storage=target.storage, bias=bias)
+        packed._packed = (
+            cpu.Head(blocks, norm_eps=self._norm_eps, softcap=None),
+            [
+                cpu.Head(cpu.pack(output, storage=target.storage), norm_eps=self._norm_eps, softcap=self._softcap)
+                for output in outputs
+            ],
+        )
         return packed
 
     def save(self, folder: Path, *, dtype: torch.dtype = torch.float32) -> None:
@@ -106,29 +115,26 @@ class MedusaHeads:
         return reference.rms_norm(hidden, self._final_norm, eps=self._norm_eps)
 
     def logits(self, normed: Tensor, number: int) -> Tensor:
-        """What head `number`, from 1, makes of normed states [..., D]: logits [..., V], float32."""
-        if self._packed is not None:
-            return self._packed[number - 1][1].logits(self._mix(normed, number), None)
-        output = self.tensors[f"head.{number}"]
-        return reference.head_logits(self._mix(normed, number), output, softcap=self._softcap)
+        """What head `number`, from 1, makes of normed states [..., D]: logits [..., V], float32.
 
-    def guess(self, normed: Tensor, number: int) -> tuple[Tensor, Tensor]:
-        """The argmax [R] int64 of what head `number` makes of normed states [R, D], and its probability [R]."""
-        if self._packed is not None:
-            return self._packed[number - 1][1].guess(self._mix(normed, number), None)
-        logits = self.logits(normed, number)
-        return logits.argmax(dim=-1), torch.softmax(logits, dim=-1).amax(dim=-1)
+        For heads whose weights are not packed, which may be in training.
+        """
+        weight, bias, output = (self.tensors[f"{name}.{number}"] for name in ("hidden", "bias", "head"))
+        mixed = normed + functional.silu(reference.linear(normed, weight, bias=bias.to(normed.dtype)))
+        return reference.head_logits(mixed, output, softcap=self._softcap)
 
-    def _mix(self, normed: Tensor, number: int) -> Tensor:
-        """The residual block of a head: states [..., D] from normed states [..., D]."""
-        if self._packed is not None:
-            from kangaroo.kernels import cpu
-
-            # Row by row: where PyTorch's vector loop ends, and other code begins, would depend on the rows beside it.
-            mixed = cpu.linear(normed, self._packed[number - 1][0])
-            return normed + torch.stack([functional.silu(row) for row in mixed])
-        weight, bias = self.tensors[f"hidden.{number}"], self.tensors[f"bias.{number}"]
-        return normed + functional.silu(reference.linear(normed, weight, bias=bias.to(normed.dtype)))
+    def predict(self, hidden: Tensor, num_heads: int) -> Tensor:
+        """What the first num_heads heads make of states [R, D] that leave the target: logits [K, R, V], float32."""
+        if self._packed is None:
+            normed = self.normalize(hidden)
+            return torch.stack([self.logits(normed, number) for number in self._numbers[:num_heads]])
+        blocks, heads = self._packed
+        num_rows, size = hidden.shape
+        mixed = blocks.logits(hidden, self._final_norm).view(num_rows, -1, size)
+        # One by one: where PyTorch's vector loop ends, and other code begins, would depend on the rows beside it.
+        gated = torch.stack([functional.silu(row) for row in mixed[:, :num_heads].reshape(-1, size)])
+        own = (gated.view(num_rows, -1, size) + mixed[:, -1:]).transpose(0, 1).contiguous()
+        return torch.stack([head.logits(one, None) for one, head in zip(own, heads, strict=False)])
 
 
 def tensor_shapes(model: ModelConfig, num_heads: int) -> dict[str, tuple[int, ...]]:

@@ -25,6 +25,8 @@ if TYPE_CHECKING:
 
 # Earlier matches that are looked at for different continuations.
 MAX_MATCHES = 64
+# Tokens a match is followed back for.
+MAX_MATCH = 8
 
 
 def build(model: LoadedModel, settings: PromptLookupSettings) -> PromptLookupDrafter:
@@ -56,8 +58,14 @@ class PromptLookupDrafter:
 
     def draft(self, batch: Batch) -> Draft:
         """Index what is new, then merge every sequence's continuations into a tree."""
-        trees = [merge(sequence.tokens[-1], self._continue(sequence)) for sequence in batch.sequences]
-        return Draft(tokens=[tokens for tokens, _ in trees], parents=[parents for _, parents in trees])
+        trees, confidence = [], []
+        for sequence in batch.sequences:
+            length, continuations = self._continue(sequence)
+            tokens, parents = merge(sequence.tokens[-1], continuations)
+            trees.append((tokens, parents))
+            # Every token of a match halves the doubt, roughly.
+            confidence.append([1.0] + [1 - 0.5**length] * (len(tokens) - 1))
+        return Draft([tokens for tokens, _ in trees], [parents for _, parents in trees], confidence=confidence)
 
     def accept(self, sequences: SequenceOf[Sequence], outcome: Outcome) -> None:
         """Nothing to learn: the next draft reads the text itself."""
@@ -67,12 +75,15 @@ class PromptLookupDrafter:
         for sequence in sequences:
             self._indexes.pop(sequence, None)
 
-    def _continue(self, sequence: Sequence) -> list[tuple[int, ...]]:
-        """Different continuations of the text, best first: those behind the longest n-gram that has any."""
+    def _continue(self, sequence: Sequence) -> tuple[int, list[tuple[int, ...]]]:
+        """Different continuations of the text, best first: those behind the longest n-gram that has any.
+
+        Also how long a match the first of them follows, up to MAX_MATCH tokens.
+        """
         settings, params = self._settings, sequence.request.params
         depth = min(settings.num_tokens, sequence.max_draft)
         if depth <= 0:
-            return []
+            return 0, []
         index = self._indexes[sequence]
         index.update()
         in_references = self._references.locate(sequence.tokens[-settings.max_ngram :])
@@ -80,30 +91,42 @@ class PromptLookupDrafter:
         num_wanted = 1 if params.rule == "block" else settings.num_siblings
         longest = max(len(index.suffixes), len(in_references)) - 1
         for length in range(longest, settings.min_ngram - 1, -1):
-            found: dict[tuple[int, ...], None] = {}
+            found: dict[tuple[int, ...], int] = {}
             matches = self._look_up(index, in_references, length=length, depth=depth)
-            for continuation in islice(matches, MAX_MATCHES):
+            for match_length, continuation in islice(matches, MAX_MATCHES):
                 if continuation:
-                    found[continuation] = None
+                    found.setdefault(continuation, match_length)
                 if len(found) == num_wanted:
                     break
             if found:
-                return list(found)
-        return []
+                return next(iter(found.values())), list(found)
+        return 0, []
 
     def _look_up(
         self, index: NgramIndex, in_references: SequenceOf[int], *, length: int, depth: int
-    ) -> Iterator[tuple[int, ...]]:
-        """What followed the text's last `length` tokens, newest first and the references last; possibly nothing."""
+    ) -> Iterator[tuple[int, tuple[int, ...]]]:
+        """What followed the text's last `length` tokens, newest first and the references last; possibly nothing.
+
+        With the number of tokens that match in truth, up to MAX_MATCH.
+        """
         if length < len(index.suffixes):
             # The first match is the end of the text itself.
             for end in islice(index.ends(index.suffixes[length], length), 1, None):
                 # A continuation that reaches the end of the text repeats itself, as in LZ77.
-                yield tuple(islice(cycle(index.tokens[end + 1 : end + 1 + depth]), depth))
+                yield (_extend(index.tokens, end, text=index.tokens, length=length),
+                       tuple(islice(cycle(index.tokens[end + 1 : end + 1 + depth]), depth)))  # fmt: skip
         if length < len(in_references):
             for end in self._references.ends(in_references[length], length):
                 tokens = self._references.tokens[end + 1 : end + 1 + depth]
-                yield tuple(tokens[: tokens.index(BREAK)] if BREAK in tokens else tokens)
+                yield (_extend(self._references.tokens, end, text=index.tokens, length=length),
+                       tuple(tokens[: tokens.index(BREAK)] if BREAK in tokens else tokens))  # fmt: skip
+
+
+def _extend(tokens: SequenceOf[int], end: int, *, text: SequenceOf[int], length: int) -> int:
+    """How many tokens up to and with `end` are the last of the text, at least length and at most MAX_MATCH."""
+    while length < min(MAX_MATCH, end + 1, len(text)) and tokens[end - length] == text[-1 - length]:
+        length += 1
+    return length
 
 
 def _check(settings: PromptLookupSettings) -> None:

@@ -55,7 +55,9 @@ class RetrievalDrafter:
     def draft(self, batch: Batch) -> Draft:
         """Look up every sequence's end; its root alone where the datastore has nothing that pays."""
         trees = [self._look_up(sequence, batch.prices.branch) for sequence in batch.sequences]
-        return Draft([tokens for tokens, _ in trees], [parents for _, parents in trees])
+        # As prompt lookup has it: every token of a match halves the doubt.
+        confidence = [[1.0] + [1 - 0.5**length] * (len(tokens) - 1) for tokens, _, length in trees]
+        return Draft([tokens for tokens, _, _ in trees], [parents for _, parents, _ in trees], confidence=confidence)
 
     def accept(self, sequences: SequenceOf[Sequence], outcome: Outcome) -> None:
         """Nothing to learn."""
@@ -63,20 +65,21 @@ class RetrievalDrafter:
     def end(self, sequences: SequenceOf[Sequence]) -> None:
         """Nothing to free."""
 
-    def _look_up(self, sequence: Sequence, price: float) -> tuple[list[int], list[int]]:
-        """Tokens and parents of one sequence's draft."""
+    def _look_up(self, sequence: Sequence, price: float) -> tuple[list[int], list[int], int]:
+        """Tokens and parents of one sequence's draft, and how long a match it follows."""
         settings, params = self._settings, sequence.request.params
         depth = min(settings.num_tokens, sequence.max_draft)
         if depth == 0:
-            return [sequence.tokens[-1]], [-1]
+            return [sequence.tokens[-1]], [-1], 0
         length, places = self._datastore.find(
             sequence.tokens, min_ngram=settings.min_ngram, max_ngram=settings.max_ngram
         )
         rows = self._datastore.continuations(length, places, num_tokens=depth, max_matches=settings.max_matches)
         # Block verification judges chains alone.
         num_siblings = 1 if params.rule == "block" else settings.max_nodes
-        return merge(sequence.tokens[-1], rows, length=length, num_siblings=num_siblings,
-                     max_nodes=settings.max_nodes, price=price)  # fmt: skip
+        tokens, parents = merge(sequence.tokens[-1], rows, length=length, num_siblings=num_siblings,
+                                max_nodes=settings.max_nodes, price=price)  # fmt: skip
+        return tokens, parents, length
 
 
 def merge(

@@ -117,8 +117,8 @@ class RetrievalSettings:
 class AutoSettings:
     """Which drafters share the work, each with its own defaults.
 
-    sources: names, those that cost nothing to ask first; none for prompt lookup and whatever lies beside the model:
-    a datastore, and an adapter, else heads, else a skip list.
+    sources: names, lookups being asked before those that run a model; none for prompt lookup and whatever lies beside
+    the model: a datastore, and an adapter, else heads, else a skip list.
     """
 
     name: ClassVar[str] = "auto"

@@ -8,6 +8,7 @@ from pathlib import Path
 import pytest
 
 from kangaroo.kernels import cpu
+from tests.spoiling import one_ulp, spoil_wide_passes
 
 from .conftest import Run
 

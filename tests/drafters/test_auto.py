@@ -1,4 +1,4 @@
-"""Of several drafters the one that earns most is asked first, for every text on its own."""
+"""Of several drafters the one whose draft promises most is taken, for every text on its own."""
 
 from collections.abc import Mapping, Sequence
 from typing import Any
@@ -8,9 +8,10 @@ import torch
 
 from kangaroo.drafters import auto as module
 from kangaroo.drafters.adapter import Adapter
-from kangaroo.drafters.auto import TRY_EVERY, AutoDrafter
-from kangaroo.drafters.base import Batch
+from kangaroo.drafters.auto import AutoDrafter
+from kangaroo.drafters.base import Batch, Prices
 from kangaroo.drafters.base import Sequence as DecodedSequence
+from kangaroo.drafters.earnings import Earnings
 from kangaroo.drafters.kangaroo import KangarooDrafter
 from kangaroo.drafters.plain import PlainDrafter
 from kangaroo.drafters.stopping import FixedLength
@@ -43,8 +44,12 @@ def clock(monkeypatch: pytest.MonkeyPatch) -> Clock:
     return clock
 
 
+RIGHT = 7
+STEP_S, ROW_S = 1.0, 0.1
+
+
 class Source:
-    """Drafts one guess, its own number; earns: the tokens its step emits for each text, none where it is silent."""
+    """Drafts so many guesses that a step emits what it earns, and a wrong one, its own number; none to earn 0."""
 
     taps: tuple[int, ...] = ()
 
@@ -54,10 +59,8 @@ class Source:
         self.asked: list[list[DecodedSequence]] = []
         self.held: set[DecodedSequence] = set()
         self.num_accepted = 0
+        self.confidence: float | None = None
         self._clock = clock
-
-    def earning(self, sequence: DecodedSequence) -> int:
-        return self.earns if isinstance(self.earns, int) else self.earns[sequence]
 
     def begin(self, sequences: Sequence[DecodedSequence], *, num_slots: int) -> None:
         self.held |= set(sequences)
@@ -65,8 +68,9 @@ class Source:
     def draft(self, batch: Batch) -> Draft:
         self._clock.now_s += self.cost_s
         self.asked.append(list(batch.sequences))
-        tokens = [[one.tokens[-1], self.number][: 2 if self.earning(one) else 1] for one in batch.sequences]
-        return Draft(tokens, [chain_parents(len(row)) for row in tokens])
+        tokens = [[one.tokens[-1], *self._guess(one)] for one in batch.sequences]
+        confidence = [[1.0] + [self.confidence] * (len(row) - 1) for row in tokens] if self.confidence else None
+        return Draft(tokens, [chain_parents(len(row)) for row in tokens], confidence=confidence)
 
     def accept(self, sequences: Sequence[DecodedSequence], outcome: Outcome) -> None:
         self.num_accepted += len(sequences)
@@ -74,119 +78,154 @@ class Source:
     def end(self, sequences: Sequence[DecodedSequence]) -> None:
         self.held -= set(sequences)
 
+    def _guess(self, sequence: DecodedSequence) -> list[int]:
+        earns = self.earns if isinstance(self.earns, int) else self.earns[sequence]
+        return [RIGHT] * (earns - 1) + [100 + self.number] if earns else []
+
+
+class Lookup(Source):
+    """Costs nothing, and always drafts ten guesses."""
+
+    def __init__(self, clock: Clock, earns: int) -> None:
+        super().__init__(0, clock, earns, cost_s=0.0)
+
+    def _guess(self, sequence: DecodedSequence) -> list[int]:
+        return (super()._guess(sequence) + [100] * 10)[:10]
+
 
 def make_sequences(count: int) -> list[DecodedSequence]:
     request = Request((4, 99), SamplingParams())
     return [DecodedSequence(request, slot=slot, max_draft=5) for slot in range(count)]
 
 
-def take_steps(
-    drafter: AutoDrafter, sources: Sequence[Source], sequences: Sequence[DecodedSequence], *, num_steps: int
-) -> list[list[int | None]]:
-    """For every step the number of the source that drafted for each sequence."""
-    # Sources that resume at layer 0 need neither target nor cache.
-    batch = Batch(None, None, sequences)  # type: ignore[arg-type]
-    drafted: list[list[int | None]] = []
-    for _ in range(num_steps):
-        draft = drafter.draft(batch)
-        drafted.append([row[1] if len(row) > 1 else None for row in draft.tokens])
-        earned = [
-            1 if number is None else sources[number].earning(sequence)
-            for number, sequence in zip(drafted[-1], sequences, strict=True)
-        ]
-        taps: Any = ({},) * len(sequences)
-        drafter.accept(sequences, Outcome(((0,),) * len(sequences), tuple((7,) * count for count in earned), taps))
-    return drafted
-
-
-def begin(sources: Sequence[Source], num_sequences: int = 1) -> tuple[AutoDrafter, list[DecodedSequence]]:
-    drafter, sequences = AutoDrafter(sources), make_sequences(num_sequences)
+def begin(
+    clock: Clock, free: Sequence[Source], models: Sequence[Source], num_sequences: int = 1
+) -> tuple[AutoDrafter, list[DecodedSequence]]:
+    drafter, sequences = AutoDrafter(free, models), make_sequences(num_sequences)
     drafter.begin(sequences, num_slots=64)
     return drafter, sequences
 
 
+def take_steps(
+    clock: Clock, drafter: AutoDrafter, sequences: Sequence[DecodedSequence], *, num_steps: int
+) -> list[list[int]]:
+    """The last token of what was drafted for each sequence in every step, its root's where that was nothing."""
+    # Sources that resume at layer 0 need neither target nor cache.
+    batch = Batch(None, None, sequences)  # type: ignore[arg-type]
+    ends = []
+    for _ in range(num_steps):
+        draft = drafter.draft(batch)
+        ends.append([row[-1] for row in draft.tokens])
+        clock.now_s += STEP_S + ROW_S * sum(draft.num_nodes)
+        tokens = tuple((RIGHT,) * (1 + row.count(RIGHT)) for row in map(list, draft.tokens))
+        taps: Any = ({},) * len(sequences)
+        drafter.accept(sequences, Outcome(((0,),) * len(sequences), tokens, taps))
+    return ends
+
+
 @pytest.mark.parametrize(
-    ("earns", "costs_s"), [((2, 5), (1.0, 1.0)), ((4, 4), (1.0, 0.5)), ((5, 3), (1.0, 0.1))], ids=str
+    ("earns", "costs_s"), [((2, 5), (1.0, 1.0)), ((4, 4), (1.0, 0.5)), ((5, 3), (4.0, 0.1))], ids=str
 )
-def test_best_earner_is_asked_first_once_all_are_known(
+def test_model_that_earns_most_is_asked_once_all_are_known(
     clock: Clock, earns: tuple[int, int], costs_s: tuple[float, float]
 ) -> None:
-    sources = [Source(number, clock, earns[number], costs_s[number]) for number in range(2)]
-    drafter, sequences = begin(sources)
-    assert take_steps(drafter, sources, sequences, num_steps=10) == [[0]] + [[1]] * 9
-    assert len(sources[0].asked) == 1
-    assert sources[0].num_accepted == sources[1].num_accepted == 10
+    models = [Source(number, clock, earns[number], costs_s[number]) for number in range(2)]
+    drafter, sequences = begin(clock, [], models)
+    assert take_steps(clock, drafter, sequences, num_steps=8) == [[100]] + [[101]] * 7
+    assert len(models[0].asked) == 1
+    assert models[0].num_accepted == models[1].num_accepted == 8
 
 
-def test_source_that_has_nothing_to_say_leaves_the_step_to_the_next(clock: Clock) -> None:
-    sources = [Source(0, clock, 0), Source(1, clock, 3), Source(2, clock, 0)]
-    drafter, sequences = begin(sources)
-    assert take_steps(drafter, sources, sequences, num_steps=6) == [[1]] * 6
-    assert len(sources[0].asked) == 6
-    sources[1].earns = 0
-    assert take_steps(drafter, sources, sequences, num_steps=2) == [[None]] * 2
+def test_model_that_has_nothing_to_say_leaves_the_step_to_what_was_looked_up(clock: Clock) -> None:
+    lookup, silent = Lookup(clock, 2), Source(1, clock, 0)
+    drafter, sequences = begin(clock, [lookup], [silent])
+    assert take_steps(clock, drafter, sequences, num_steps=40)[-1] == [RIGHT]
 
 
-def test_step_that_nobody_drafted_for_counts_for_nobody(clock: Clock) -> None:
-    sources = [Source(0, clock, 4), Source(1, clock, 3)]
-    drafter, sequences = begin(sources)
-    assert take_steps(drafter, sources, sequences, num_steps=4)[-1] == [0]
-    sources[0].earns = sources[1].earns = 0
-    assert take_steps(drafter, sources, sequences, num_steps=8) == [[None]] * 8
-    sources[0].earns, sources[1].earns = 4, 3
-    assert take_steps(drafter, sources, sequences, num_steps=3) == [[0]] * 3
+def test_chain_is_cut_behind_the_last_guess_that_pays(clock: Clock) -> None:
+    lookup = Lookup(clock, 4)
+    drafter, sequences = begin(clock, [lookup], [])
+    take_steps(clock, drafter, sequences, num_steps=60)
+    batch = Batch(None, None, sequences)  # type: ignore[arg-type]
+    assert list(drafter.draft(batch).tokens[0]) == [99, RIGHT, RIGHT, RIGHT]
+
+
+def test_what_is_always_wrong_is_no_longer_verified(clock: Clock) -> None:
+    drafter, sequences = begin(clock, [Lookup(clock, 1)], [])
+    assert take_steps(clock, drafter, sequences, num_steps=100)[-1] == [99]
+
+
+def test_guesses_that_were_not_verified_teach_as_well(clock: Clock) -> None:
+    lookup, model = Lookup(clock, 1), Source(1, clock, 5, 0.1)
+    drafter, sequences = begin(clock, [lookup], [model])
+    assert take_steps(clock, drafter, sequences, num_steps=30)[-1] == [101]
+    lookup.earns = 11
+    assert take_steps(clock, drafter, sequences, num_steps=60)[-1] == [RIGHT]
+    assert len(lookup.asked) == 90
+
+
+def test_confidence_of_a_lookup_tells_which_of_its_guesses_to_believe(clock: Clock) -> None:
+    lookup = Lookup(clock, 1)
+    drafter, sequences = begin(clock, [lookup], [])
+    for _ in range(60):
+        lookup.earns, lookup.confidence = 1, 0.5
+        unsure = take_steps(clock, drafter, sequences, num_steps=1)
+        lookup.earns, lookup.confidence = 11, 0.99
+        sure = take_steps(clock, drafter, sequences, num_steps=1)
+    assert (unsure, sure) == ([[99]], [[RIGHT]])
+
+
+def test_model_that_never_wins_is_tried_less_and_less(clock: Clock) -> None:
+    drafter, sequences = begin(clock, [], [Source(1, clock, 1)])
+    ends = take_steps(clock, drafter, sequences, num_steps=100)
+    assert [step for step, row in enumerate(ends) if row == [101]] == [0, 17, 50]
+
+
+def test_model_that_got_better_is_kept(clock: Clock) -> None:
+    model = Source(1, clock, 1)
+    drafter, sequences = begin(clock, [], [model])
+    take_steps(clock, drafter, sequences, num_steps=10)
+    model.earns = 30
+    assert take_steps(clock, drafter, sequences, num_steps=20)[-10:] == [[101]] * 10
 
 
 def test_sequence_that_may_not_be_guessed_for_is_not_asked_for(clock: Clock) -> None:
-    sources = [Source(0, clock, 3)]
-    drafter, sequences = begin(sources, 2)
+    model = Source(0, clock, 3)
+    drafter, sequences = begin(clock, [], [model], 2)
     sequences[0].max_draft = 0
-    assert take_steps(drafter, sources, sequences, num_steps=3) == [[None, 0]] * 3
-    assert sources[0].asked == [[sequences[1]]] * 3
-
-
-def test_second_best_is_tried_from_time_to_time_and_kept_where_it_got_better(clock: Clock) -> None:
-    sources = [Source(0, clock, 5), Source(1, clock, 2)]
-    drafter, sequences = begin(sources)
-    drafted = take_steps(drafter, sources, sequences, num_steps=3 * TRY_EVERY)
-    assert [step for step, row in enumerate(drafted, 1) if row == [1]] == [
-        2,
-        *range(TRY_EVERY, 3 * TRY_EVERY + 1, TRY_EVERY),
-    ]
-    sources[1].earns = 50
-    drafted = take_steps(drafter, sources, sequences, num_steps=2 * TRY_EVERY - 1)
-    assert drafted == [[0]] * (TRY_EVERY - 1) + [[1]] * TRY_EVERY
+    assert take_steps(clock, drafter, sequences, num_steps=3) == [[99, 100]] * 3
+    assert model.asked == [[sequences[1]]] * 3
 
 
 def test_every_text_has_a_best_earner_of_its_own(clock: Clock) -> None:
-    sources = [Source(0, clock, 0), Source(1, clock, 0)]
-    drafter, sequences = begin(sources, 3)
+    models = [Source(0, clock, 0), Source(1, clock, 0)]
+    drafter, sequences = begin(clock, [], models, 3)
     first, second, third = sequences
-    sources[0].earns = {first: 6, second: 1, third: 6}
-    sources[1].earns = {first: 1, second: 6, third: 1}
-    drafted = take_steps(drafter, sources, sequences, num_steps=12)
-    assert drafted[0] == [0, 0, 0]
-    assert drafted[3:] == [[0, 1, 0]] * 9
+    models[0].earns = {first: 6, second: 1, third: 6}
+    models[1].earns = {first: 1, second: 6, third: 1}
+    ends = take_steps(clock, drafter, sequences, num_steps=8)
+    assert ends[0] == [100, 100, 100]
+    assert ends[2:] == [[100, 101, 100]] * 6
     # Those who want the same source are asked for together.
-    assert sources[0].asked[-1] == [first, third]
-    assert sources[1].asked[-1] == [second]
+    assert models[0].asked[-1] == [first, third]
+    assert models[1].asked[-1] == [second]
 
 
 def test_new_text_starts_with_what_earned_most_in_others(clock: Clock) -> None:
-    sources = [Source(0, clock, 2), Source(1, clock, 5)]
-    drafter, sequences = begin(sources)
-    take_steps(drafter, sources, sequences, num_steps=5)
+    models = [Source(0, clock, 3), Source(1, clock, 5)]
+    drafter, sequences = begin(clock, [], models)
+    take_steps(clock, drafter, sequences, num_steps=5)
     fresh = make_sequences(1)
     drafter.begin(fresh, num_slots=64)
-    assert take_steps(drafter, sources, fresh, num_steps=3) == [[1]] * 3
-    # A few steps of its own count for more.
-    sources[1].earns = 1
-    assert take_steps(drafter, sources, fresh, num_steps=12)[-1] == [0]
+    assert take_steps(clock, drafter, fresh, num_steps=3) == [[101]] * 3
+    # Its own steps soon count for more.
+    models[1].earns = 1
+    assert take_steps(clock, drafter, fresh, num_steps=20)[-1] == [100]
 
 
 def test_ended_sequences_are_forgotten_by_all(clock: Clock) -> None:
-    sources = [Source(0, clock, 2), Source(1, clock, 5)]
-    drafter, sequences = begin(sources, 2)
+    sources = [Lookup(clock, 2), Source(1, clock, 5)]
+    drafter, sequences = begin(clock, sources[:1], sources[1:], 2)
     assert sources[0].held == sources[1].held == drafter._memory.keys() == set(sequences)
     drafter.end(sequences[:1])
     assert sources[0].held == sources[1].held == drafter._memory.keys() == {sequences[1]}
@@ -202,16 +241,16 @@ def test_tokens_on_a_device_are_read_without_their_padding(clock: Clock) -> None
             return Draft(torch.tensor(rows), draft.parents)
 
     source = OnDevice(0, clock, 3)
-    drafter, sequences = begin([source], 2)
-    source.earns = {sequences[0]: 0, sequences[1]: 3}
+    drafter, sequences = begin(clock, [], [source], 2)
+    source.earns = {sequences[0]: 0, sequences[1]: 1}
     batch = Batch(None, None, sequences)  # type: ignore[arg-type]
-    assert [*map(list, drafter.draft(batch).tokens)] == [[99], [99, 0]]
+    assert [*map(list, drafter.draft(batch).tokens)] == [[99], [99, 100]]
 
 
 def test_taps_are_those_of_all_sources(clock: Clock) -> None:
     sources = [Source(number, clock, 1) for number in range(3)]
     sources[0].taps, sources[1].taps = (4, 2), (2, 1)
-    assert AutoDrafter(sources).taps == (1, 2, 4)
+    assert AutoDrafter(sources[:1], sources[1:]).taps == (1, 2, 4)
 
 
 @pytest.mark.parametrize("family", ["llama", "gemma2"])
@@ -235,14 +274,18 @@ def test_drafts_of_different_sources_are_verified_in_one_pass(family: str) -> No
         sequences = [DecodedSequence(Request(prompt, params), slot=slot) for slot, prompt in enumerate(PROMPTS)]
         if not is_alone:
             known = {sequence.request: texts[sequence.request.prompt_ids] for sequence in sequences}
-            drafter = AutoDrafter([ScriptedDrafter(known, guess), drafter])
-        batch = Batch(target, target.new_cache(len(sequences), 128), sequences)
+            drafter = AutoDrafter([ScriptedDrafter(known, guess)], [drafter])
+        # Where nodes are free, the model grows the same tree for one sequence as for several.
+        batch = Batch(target, target.new_cache(len(sequences), 128), sequences, prices=Prices(0.0))
         drafter.begin(sequences, num_slots=128)
         outcome = prefill(batch, drafter, num_rows=[len(prompt) for prompt in PROMPTS])
         for sequence, (token,) in zip(sequences, outcome.tokens, strict=True):
             sequence.append(token, "bonus")
         # For the last no guess is wanted.
         sequences[0].max_draft = sequences[1].max_draft = 5
+        if not is_alone:
+            # For the first text the model is known to bring nothing.
+            drafter._memory[sequences[0]].earnings = [Earnings(steps=1.0, nodes=1.0)]
         return batch, drafter, drafter.draft(batch)
 
     _, _, alone = draft_with(is_alone=True)

@@ -8,7 +8,6 @@ from typing import Any
 
 import pytest
 import torch
-from torch import Tensor
 
 from kangaroo.drafters.base import Batch, Drafter
 from kangaroo.drafters.companion import CONFIG_FILE
@@ -27,6 +26,7 @@ from kangaroo.model.checkpoint import LoadedModel
 from kangaroo.model.tokenizer import Tokenizer
 from kangaroo.model.transformer import FullSequencePass, Transformer
 from kangaroo.types import Draft, Request, SamplingParams
+from tests.heads import learn_heads
 from tests.tiny import tame_transformer, tiny_config, tiny_tokenizer, tiny_transformer
 
 STORAGES = ["reference", "float32", "bfloat16", "float16", "int8"]
@@ -46,30 +46,7 @@ def make_target(family: str = "llama") -> Transformer:
 
 @functools.cache
 def make_heads(family: str = "llama") -> MedusaHeads:
-    """Three heads that learned the target's greedy texts by heart, about half."""
-    target = make_target(family)
-    heads = MedusaHeads.initialize(target, 3)
-    rows: list[Tensor] = []
-    labels: list[Tensor] = []
-    for new, prompt in zip(decode(target, PlainDrafter(), PARAMS["greedy"]), PROMPTS, strict=True):
-        text = torch.tensor([*prompt, *new])
-        attention = FullSequencePass(target.config, len(text), device=text.device)
-        hidden, _ = target.forward(target.embed(text[None]), (0, target.num_layers), attention=attention)
-        rows.append(heads.normalize(hidden[0, len(prompt) - 1 : -4]))
-        labels.append(text[len(prompt) + 1 :].unfold(0, 3, 1)[: len(rows[-1])])
-    weights = [tensor.requires_grad_() for tensor in heads.tensors.values()]
-    optimizer = torch.optim.Adam(weights, lr=1e-2)
-    for _ in range(12):
-        loss = sum(
-            torch.nn.functional.cross_entropy(heads.logits(torch.cat(rows), number), torch.cat(labels)[:, number - 1])
-            for number in (1, 2, 3)
-        )
-        loss.backward()  # type: ignore[union-attr]
-        optimizer.step()
-        optimizer.zero_grad()
-    for tensor in weights:
-        tensor.requires_grad_(False)
-    return heads
+    return learn_heads(make_target(family), 3, prompts=PROMPTS, num_steps=12)
 
 
 def run_all(target: Transformer, drafter: Drafter, params: SamplingParams, *, batch_size: int = 1) -> list[Decoding]:
@@ -187,7 +164,9 @@ def test_heads_read_the_state_of_the_last_accepted_node_of_a_tree() -> None:
             attention = FullSequencePass(target.config, read.shape[1], device=read.device)
             hidden, _ = target.forward(target.embed(read), (0, target.num_layers), attention=attention)
             expected = heads.normalize(hidden[0, -1:])
-            torch.testing.assert_close(drafter._memory[decoding.sequence].normed, expected, rtol=1e-4, atol=1e-4)
+            held = drafter._memory[decoding.sequence].hidden
+            assert held is not None
+            torch.testing.assert_close(heads.normalize(held), expected, rtol=1e-4, atol=1e-4)
     assert max(decoding.accepted_lengths) > 1
 
 
@@ -224,14 +203,11 @@ def test_packed_heads_compute_a_row_alone_as_beside_others(storage: str) -> None
         heads.tensors[name] = tensor + 0.2 * torch.randn(tensor.shape, generator=generator)
     native = heads.pack(packed.pack(target, storage))
     rows = torch.randn(7, 36, generator=generator)
-    for number in (1, 2):
-        together = native.logits(rows, number)
-        assert all(torch.equal(native.logits(rows[row : row + 1], number)[0], together[row]) for row in range(7))
-        if storage == "float32":
-            torch.testing.assert_close(together, heads.logits(rows, number), rtol=1e-4, atol=1e-4)
-        ids, confidence = native.guess(rows, number)
-        assert torch.equal(ids, together.argmax(-1))
-        torch.testing.assert_close(confidence, together.softmax(-1).amax(-1))
+    together = native.predict(rows, 2)
+    assert all(torch.equal(native.predict(rows[row : row + 1], 2)[:, 0], together[:, row]) for row in range(7))
+    assert torch.equal(native.predict(rows, 1), together[:1])
+    if storage == "float32":
+        torch.testing.assert_close(together, heads.predict(rows, 2), rtol=1e-4, atol=1e-4)
 
 
 def test_new_heads_say_what_the_head_of_the_target_says() -> None:

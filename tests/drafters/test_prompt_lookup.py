@@ -124,6 +124,17 @@ def test_text_itself_goes_before_references_and_longer_matches_before_both() -> 
     assert chain(draft_for(drafter, [3, 4])) == []
 
 
+@pytest.mark.parametrize(("num_matching", "doubt"), [(1, 1 / 2), (2, 1 / 4), (5, 1 / 32), (8, 1 / 256), (12, 1 / 256)])
+@pytest.mark.parametrize("is_reference", [False, True])
+def test_confidence_tells_how_long_the_match_is_beyond_the_ngram(
+    num_matching: int, doubt: float, is_reference: bool
+) -> None:
+    earlier, last = [200, *range(20)], [201, *range(20 - num_matching, 20)]
+    text, references = ([201, *last], [[*earlier, 9]]) if is_reference else ([*earlier, 9, *last], [])
+    draft = draft_for(PromptLookupDrafter(PromptLookupSettings(num_tokens=1), references), text)
+    assert draft.confidence == [[1.0, 1 - doubt]]
+
+
 def test_no_match_reaches_from_one_reference_into_the_next() -> None:
     drafter = PromptLookupDrafter(PromptLookupSettings(min_ngram=2, num_tokens=4), [[1, 2], [3, 4, 5]])
     assert chain(draft_for(drafter, [2, 3])) == []

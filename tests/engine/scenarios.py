@@ -1,7 +1,6 @@
 """Requests of every kind that come, wait, are decoded together and leave, and the text that each makes alone."""
 
 import functools
-import random
 from collections.abc import Sequence as SequenceOf
 from contextlib import ExitStack
 from dataclasses import dataclass
@@ -17,7 +16,7 @@ from kangaroo.engine.scheduler import Limits
 from kangaroo.kernels import cpu
 from kangaroo.model.transformer import Transformer
 from kangaroo.types import Draft, Outcome, Request, SamplingParams, TokenLogprobs
-from tests.engine.cases import ALL, FAMILIES, NONE, ON_REFERENCE, PART, Backend, target_on
+from tests.engine.cases import ALL, FAMILIES, NONE, ON_REFERENCE, PART, Backend, prompt, target_on
 from tests.tiny import VOCAB_SIZE
 
 # What the requests of one scenario ask for; "any" leaves that to the scenario.
@@ -50,11 +49,6 @@ class Scenario:
     @property
     def requests(self) -> list[Request]:
         return [arrival.request for arrival in self.arrivals]
-
-
-def prompt(num_tokens: int, seed: int) -> tuple[int, ...]:
-    draw = random.Random(seed)
-    return tuple(draw.randrange(VOCAB_SIZE) for _ in range(num_tokens))
 
 
 @st.composite
@@ -192,6 +186,8 @@ def play(target: Transformer, drafter: Drafter, scenario: Scenario) -> list[Deco
             stack.enter_context(mock.patch(f"kangaroo.engine.scheduler.{name}", scenario.num_rows))
         stack.enter_context(mock.patch("kangaroo.engine.engine.SLOT_BLOCK", 8))
         stack.enter_context(mock.patch("kangaroo.drafters.kangaroo.FEED_ROWS", 16))
+        # Who drafts must not depend on how busy the machine is.
+        stack.enter_context(mock.patch("kangaroo.drafters.auto.time", perf_counter=lambda: 0.0))
         for arrival in scenario.arrivals:
             begun.append(engine.submit(arrival.request))
             for _ in range(arrival.num_steps):
