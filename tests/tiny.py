@@ -7,6 +7,7 @@ import tokenizers
 import torch
 from tokenizers import decoders, models, pre_tokenizers, processors
 
+from kangaroo.drafters.adapter import Adapter, Kind
 from kangaroo.model.config import ModelConfig
 from kangaroo.model.transformer import Transformer
 from kangaroo.model.weights import assemble, expected_shapes
@@ -79,6 +80,17 @@ def tame_transformer(family: str, exit_layer: int) -> Transformer:
             layer.output *= 0.15
             layer.down *= 0.15
     return target
+
+
+def noisy_adapter(target: Transformer, exit_layer: int, *, kind: Kind = "attention", noise: float,
+                  seed: int = 2) -> Adapter:  # fmt: skip
+    """A new adapter with so much noise in the matrices that make it differ from the early exit itself."""
+    adapter = Adapter.initialize(target, exit_layer, kind=kind)
+    generator = torch.Generator().manual_seed(seed)
+    for name, tensor in adapter.tensors.items():
+        if name in ("output", "down", "head"):
+            adapter.tensors[name] = tensor + noise * torch.randn(tensor.shape, generator=generator)
+    return adapter
 
 
 def tiny_tokenizer() -> tokenizers.Tokenizer:

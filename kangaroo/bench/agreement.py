@@ -30,7 +30,7 @@ def count_forced_steps(
     cache = adapter.new_cache(target, num_sequences=1, num_slots=len(token_ids))
     attention = CachedPass(cache, [Segment(0, 0, len(token_ids))])
     drafted = adapter.run(tapped[adapter.config.exit_layer], attention=attention)[num_prompt:]
-    guesses, _ = target.guess(drafted, adapter.final_norm)
+    guesses, _ = adapter.head(target).guess(drafted, adapter.final_norm)
     agrees = (guesses == target.argmax(states[num_prompt:])).tolist()
     # The state of token i predicts token i + 1; the root of the first step is the first token behind the prompt.
     position = num_steps = 0

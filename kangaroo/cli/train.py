@@ -20,6 +20,7 @@ if TYPE_CHECKING:
     from kangaroo.train.plan import TrainingPlan
     from kangaroo.train.run import Progress
 
+Kind = Literal["attention", "mlp", "layer", "head"]
 Initialization = Literal["target", "ones"]
 Data = Annotated[list[Path], typer.Option(help="A .txt, .jsonl or source file, or a folder; repeatable.")]
 Output = Annotated[Path, typer.Option(help="Folder for what is trained, its report and the checkpoint.")]
@@ -55,6 +56,9 @@ def adapter(
     data: Data,
     output: Output,
     exit_layer: Annotated[int, typer.Option(help="Layers the draft runs, in 1..L-1.")] = 2,
+    adapter_kind: Annotated[
+        Kind, typer.Option(help="Attention, an MLP, a decoder layer of both, or attention under a head of its own.")
+    ] = "attention",
     steps: Steps = 1000,
     batch_size: BatchSize = 16,
     sequence_length: SequenceLength = 512,
@@ -82,6 +86,7 @@ def adapter(
     plan = AdapterPlan(
         model=model,
         exit_layer=exit_layer,
+        adapter_kind=adapter_kind,
         num_steps=steps,
         batch_size=batch_size,
         sequence_length=sequence_length,
@@ -99,7 +104,7 @@ def adapter(
     loaded, dataset = _prepare(plan, data, device=device, check=check_plan)
     report = _follow(train_adapter(loaded.target, dataset, plan=plan, output=output, resume=resume), plan)
     trained = report["adapter"]
-    facts = {"recommended gamma, eta": f"{trained['gamma']}, {trained['eta']}"}
+    facts = {"kind": trained["kind"], "recommended gamma, eta": f"{trained['gamma']}, {trained['eta']}"}
     _print_report(report, output, title=f"adapter at exit layer {trained['exit_layer']}", facts=facts,
                   as_json=json_output)  # fmt: skip
 

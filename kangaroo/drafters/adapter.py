@@ -1,12 +1,14 @@
 """The Kangaroo adapter: the small trained part that turns shallow hidden states into draft predictions.
 
-Norm, one multi-head attention, residual, norm; the head is the target's (Kangaroo, section 3.2).
-Shapes: D hidden size, H query heads, E head size; leading dimensions ... as in model/transformer.py.
+Norm, one multi-head attention, residual, norm; the head is the target's (Kangaroo, section 3.2). The other kinds are
+those of an ablation: other parts of a decoder layer, or attention under a head of its own.
+Shapes: D hidden size, F MLP size, H query heads, E head size, V vocabulary; leading dimensions ... as in
+model/transformer.py.
 """
 
 from dataclasses import replace
 from pathlib import Path
-from typing import TYPE_CHECKING, Literal
+from typing import TYPE_CHECKING, Literal, get_args
 
 import torch
 from pydantic import Field
@@ -25,11 +27,17 @@ if TYPE_CHECKING:
 WEIGHTS_FILE = "adapter.safetensors"
 ADAPTER = Companion("adapter", WEIGHTS_FILE, AdapterError)
 
+# Attention alone, a gated MLP alone, a decoder layer of both, attention under a head of its own.
+Kind = Literal["attention", "mlp", "layer", "head"]
+KINDS: tuple[Kind, ...] = get_args(Kind)
+# What a matrix of these names makes is added to the states.
+ADDING = ("output", "down")
+
 
 class AdapterConfig(CompanionConfig):
     """What an adapter was trained for; gamma and eta are the settings its training report recommends."""
 
-    kind: Literal["attention"] = "attention"
+    kind: Kind = "attention"
     exit_layer: int
     hidden_size: int
     num_heads: int
@@ -43,40 +51,48 @@ class Adapter:
     """Adapter weights bound to their target's shapes and rotary settings."""
 
     def __init__(self, config: AdapterConfig, model_config: ModelConfig, *, tensors: dict[str, Tensor]) -> None:
-        """tensors: input_norm [D], qkv [3 * H * E, D], output [D, H * E], final_norm [D]."""
+        """tensors: final_norm [D] and, as the kind has them, input_norm [D], qkv [3 * H * E, D], output [D, H * E],
+        mlp_norm [D], gate_up [2 * F, D], down [D, F], head [V, D].
+        """
         self.config = config
         self.model_config = attention_config(model_config)
         self.tensors = tensors
         self.packed: PackedStack | None = None
-        device = tensors["input_norm"].device
+        self._packed_head: PackedTransformer | None = None
+        device = tensors["final_norm"].device
         self.rotary = Rotary(model_config.rope, model_config.head_dim, device=device)
 
     @classmethod
     def initialize(
-        cls, target: Transformer, exit_layer: int, *, seed: int = 0, initialization: str = "target"
-    ) -> "Adapter":
-        """A new adapter for target at exit_layer.
+        cls, target: Transformer, exit_layer: int, *, kind: Kind = "attention", seed: int = 0,
+        initialization: str = "target"
+    ) -> "Adapter":  # fmt: skip
+        """A new adapter for target at exit_layer, which says what the target would, leaving there.
 
         initialization: where the norms start, "target" for the target's own or "ones".
-        Raises AdapterError where exit_layer is outside 1..L-1.
+        Raises AdapterError where exit_layer is outside 1..L-1, KernelError for a head of packed weights.
         """
         check_exit_layer(exit_layer, target.num_layers)
-        model = attention_config(target.config)
-        size, inner = model.hidden_size, model.num_heads * model.head_dim
+        if kind == "head":
+            target.require_reference("make a head for it")
+        model, layer = attention_config(target.config), target.layers[exit_layer]
         generator = torch.Generator().manual_seed(seed)
-        ones = torch.ones(size)
-        own = (target.layers[exit_layer].input_norm, target.final_norm)
-        norms = own if initialization == "target" else (ones, ones)
-        tensors = {
-            "input_norm": norms[0].detach().float().clone(),
-            "qkv": torch.randn(3 * inner, size, generator=generator) * size**-0.5,
-            # The residual path starts as the plain shallow state; attention grows from zero.
-            "output": torch.zeros(size, inner),
-            "final_norm": norms[1].detach().float().clone(),
-        }
+        own = {"input_norm": layer.input_norm, "mlp_norm": layer.mlp_norm, "final_norm": target.final_norm}
+        tensors = {}
+        for name, shape in tensor_shapes(model, kind).items():
+            if name in own:
+                tensors[name] = own[name].detach().float().clone() if initialization == "target" else torch.ones(shape)
+            elif name == "head":
+                tensors[name] = target.head.detach().float().clone()
+            elif name in ADDING:
+                # The residual path starts as the plain shallow state; what is added to it grows from zero.
+                tensors[name] = torch.zeros(shape)
+            else:
+                tensors[name] = torch.randn(shape, generator=generator) * model.hidden_size**-0.5
         config = AdapterConfig(
+            kind=kind,
             exit_layer=exit_layer,
-            hidden_size=size,
+            hidden_size=model.hidden_size,
             num_heads=model.num_heads,
             head_dim=model.head_dim,
             vocab_size=model.vocab_size,
@@ -96,7 +112,7 @@ class Adapter:
         sizes = {"hidden_size": model.hidden_size, "vocab_size": model.vocab_size,
                  "num_heads": model.num_heads, "head_dim": model.head_dim}  # fmt: skip
         ADAPTER.check_target(folder, config, target=target, sizes=sizes)
-        tensors = ADAPTER.read_tensors(folder, tensor_shapes(model), target=target)
+        tensors = ADAPTER.read_tensors(folder, tensor_shapes(model, config.kind), target=target)
         adapter = cls(config, target.config, tensors=tensors)
         return adapter if target.backend == REFERENCE else adapter.pack(target)  # type: ignore[arg-type]
 
@@ -119,19 +135,35 @@ class Adapter:
 
     def pack(self, target: "PackedTransformer") -> "Adapter":
         """This adapter on the native kernels, its weights kept as the target's are."""
-        from kangaroo.model.packed import PackedStack
+        from kangaroo.model.packed import PackedStack, pack
 
         # The matrices are kept once, packed; their shapes stay.
         shapes = {name: one if one.ndim == 1 else one.to("meta") for name, one in self.tensors.items()}
         packed = Adapter(self.config, self.model_config, tensors=shapes)
         packed.packed = PackedStack(self.model_config)
         packed.packed.add_layer(self.tensors, storage=target.storage, window=None)
+        if "head" in self.tensors:
+            packed._packed_head = pack(self.head(target), target.storage)
         return packed
 
     @property
     def final_norm(self) -> Tensor:
-        """The norm [D] between its states and the target's head."""
+        """The norm [D] between its states and the head."""
         return self.tensors["final_norm"]
+
+    @property
+    def attends(self) -> bool:
+        """Whether it reads earlier tokens, which it must have been fed then."""
+        return "qkv" in self.tensors
+
+    def head(self, target: Transformer) -> Transformer:
+        """Whose head its states are for: the target, or a model of no layers that holds the adapter's own."""
+        if self._packed_head is not None:
+            return self._packed_head
+        if "head" not in self.tensors:
+            return target
+        config, head = replace(target.config, num_layers=0, windows=()), self.tensors["head"]
+        return Transformer(config, [], embedding=head, final_norm=self.final_norm, head=head)
 
     def new_cache(self, target: Transformer, *, num_sequences: int, num_slots: int) -> KVCache:
         """An empty cache for the adapter's own keys and values."""
@@ -149,7 +181,7 @@ class Adapter:
         ADAPTER.save(folder, self.config, tensors=self.tensors, dtype=dtype)
 
     def forward(self, hidden: Tensor, *, attention: AttentionPass) -> Tensor:
-        """Normed states [..., D] for the target's head, from states [..., D] entering the exit layer."""
+        """Normed states [..., D] for the head, from states [..., D] entering the exit layer."""
         return reference.rms_norm(
             self.run(hidden, attention=attention), self.final_norm, eps=self.model_config.norm_eps
         )
@@ -158,6 +190,11 @@ class Adapter:
         """The states [..., D] before the final norm, from states [..., D] entering the exit layer."""
         if self.packed is not None:
             return self.packed.run(hidden, (0, 1), attention=attention)[0]
+        if self.attends:
+            hidden = hidden + self._attend(hidden, attention)
+        return hidden + self._transform(hidden) if "gate_up" in self.tensors else hidden
+
+    def _attend(self, hidden: Tensor, attention: AttentionPass) -> Tensor:
         model, tensors = self.model_config, self.tensors
         cosine, sine = self.rotary.at(attention.positions, attention.num_positions)
         normed = reference.rms_norm(hidden, tensors["input_norm"], eps=model.norm_eps)
@@ -165,7 +202,13 @@ class Adapter:
         rotated = reference.rotate(heads[..., : 2 * model.num_heads, :], cosine=cosine, sine=sine)
         query, key = rotated.chunk(2, dim=-2)
         attended = attention.attend(0, query, key=key, value=heads[..., 2 * model.num_heads :, :])
-        return hidden + reference.linear(attended, tensors["output"])
+        return reference.linear(attended, tensors["output"])
+
+    def _transform(self, hidden: Tensor) -> Tensor:
+        model, tensors = self.model_config, self.tensors
+        normed = reference.rms_norm(hidden, tensors["mlp_norm"], eps=model.norm_eps)
+        gated = reference.gate(reference.linear(normed, tensors["gate_up"]), activation=model.activation)
+        return reference.linear(gated, tensors["down"])
 
 
 def attention_config(config: ModelConfig) -> ModelConfig:
@@ -180,10 +223,20 @@ def attention_config(config: ModelConfig) -> ModelConfig:
     )
 
 
-def tensor_shapes(model: ModelConfig) -> dict[str, tuple[int, ...]]:
-    """Shape of every adapter weight for this model; 4 D^2 numbers in all where H * E = D."""
-    size, inner = model.hidden_size, model.num_heads * model.head_dim
-    return {"input_norm": (size,), "qkv": (3 * inner, size), "output": (size, inner), "final_norm": (size,)}
+def tensor_shapes(model: ModelConfig, kind: Kind = "attention") -> dict[str, tuple[int, ...]]:
+    """Shape of every weight of such an adapter for this model.
+
+    Attention has 4 D^2 numbers in all where H * E = D, the MLP 3 F D, an own head V D.
+    """
+    size, inner, middle = model.hidden_size, model.num_heads * model.head_dim, model.intermediate_size
+    shapes: dict[str, tuple[int, ...]] = {}
+    if kind != "mlp":
+        shapes |= {"input_norm": (size,), "qkv": (3 * inner, size), "output": (size, inner)}
+    if kind in ("mlp", "layer"):
+        shapes |= {"mlp_norm": (size,), "gate_up": (2 * middle, size), "down": (size, middle)}
+    if kind == "head":
+        shapes["head"] = (model.vocab_size, size)
+    return shapes | {"final_norm": (size,)}
 
 
 def check_exit_layer(exit_layer: int, num_layers: int) -> None:

@@ -17,7 +17,7 @@ import torch
 from torch import Tensor
 
 from kangaroo.drafters.adapter import Adapter, check_exit_layer
-from kangaroo.drafters.base import Batch, Prices, Sequence, draft_roots, place_nodes
+from kangaroo.drafters.base import MAX_NODES, Batch, Prices, Sequence, draft_roots, place_nodes
 from kangaroo.drafters.growing import Growth, add_level, assemble, draw, likeliest, place_frontier, plant
 from kangaroo.drafters.settings import KangarooSettings
 from kangaroo.drafters.stopping import StoppingPolicy, choose_stopping
@@ -99,14 +99,17 @@ class KangarooDrafter:
         self.taps: tuple[int, ...] = (self.exit_layer,)
         self._target = target
         self._adapter = adapter
+        self._head = adapter.head(target)
+        self._nothing = torch.empty(0, target.config.hidden_size, dtype=target.dtype, device=target.device)
         self._stopping = stopping
         self._branching = branching
         self._cache = adapter.new_cache(target, num_sequences=1, num_slots=1)
         self._memory: dict[Sequence, _Memory] = {}
 
     def begin(self, sequences: SequenceOf[Sequence], *, num_slots: int) -> None:
-        """Make room in the adapter's own cache."""
-        self._cache.reserve(1 + max(sequence.slot for sequence in sequences), num_slots)
+        """Make room in the adapter's own cache; one without attention never fills it."""
+        room = num_slots if self._adapter.attends else MAX_NODES
+        self._cache.reserve(1 + max(sequence.slot for sequence in sequences), room)
         for sequence in sequences:
             self._cache.truncate(sequence.slot, 0)
             self._memory[sequence] = _Memory()
@@ -155,9 +158,10 @@ class KangarooDrafter:
         """Keep the adapter's rows of accepted nodes; the states of the others wait for the next draft."""
         for sequence, path, taps in zip(sequences, outcome.paths, outcome.taps, strict=True):
             memory = self._memory[sequence]
-            kept = list(takewhile(memory.fed.__contains__, path))
-            self._cache.keep(sequence.slot, kept)
-            memory.pending.append(taps[self.exit_layer][len(kept) :])
+            if self._adapter.attends:
+                kept = list(takewhile(memory.fed.__contains__, path))
+                self._cache.keep(sequence.slot, kept)
+                memory.pending.append(taps[self.exit_layer][len(kept) :])
             if sum(map(len, memory.pending)) > FEED_ROWS:
                 memory.pending = [self._shorten(sequence)]
             if memory.num_drafted:
@@ -196,7 +200,7 @@ class KangarooDrafter:
     def _shorten(self, sequence: Sequence) -> Tensor:
         """Feed the adapter pending states until at most a block is left; returns those."""
         memory, slot = self._memory[sequence], sequence.slot
-        pending = memory.pending[0] if len(memory.pending) == 1 else torch.cat(memory.pending)
+        pending = memory.pending[0] if len(memory.pending) == 1 else torch.cat([self._nothing, *memory.pending])
         while len(pending) > FEED_ROWS:
             block = place_nodes(self._cache, slot, num_rows=FEED_ROWS)
             self._adapter.run(pending[:FEED_ROWS], attention=CachedPass(self._cache, [block]))
@@ -217,11 +221,11 @@ class KangarooDrafter:
               is_blind: bool) -> Tensor:  # fmt: skip
         """Add a level to every tree, from the states [F, D] that left the adapter; returns its tokens."""
         if is_greedy:
-            ids, confidence = self._target.guess(hidden, self._adapter.final_norm)
+            ids, confidence = self._head.guess(hidden, self._adapter.final_norm)
             # Blind, the host goes on without knowing what was guessed.
             guesses = [Guesses([-1], [1.0], 1.0)] * len(ids) if is_blind else likeliest(ids, confidence)
         else:
-            logits = self._target.logits(hidden, self._adapter.final_norm)
+            logits = self._head.logits(hidden, self._adapter.final_norm)
             guesses = draw(growths, logits, num_siblings=self._branching.num_siblings)
         num_before = [len(growth.tree.tokens) for growth in growths]
         add_level(growths, guesses, branching=self._branching, threshold=self._stopping.threshold, prices=prices)
@@ -234,8 +238,7 @@ class KangarooDrafter:
     def _draft_in_one_call(self, batch: Batch, growths: SequenceOf[_Growth]) -> Draft:
         """The same trees, on packed weights, without returning to Python between levels."""
         assert self._adapter.packed is not None, "packed weights only"
-        nothing = torch.empty(0, self._target.config.hidden_size)
-        pending = [self._shorten(one.sequence) if one.max_depth > 0 else nothing for one in growths]
+        pending = [self._shorten(one.sequence) if one.max_depth > 0 else self._nothing for one in growths]
         starts = []
         for growth, states in zip(growths, pending, strict=True):
             slot = growth.sequence.slot
@@ -248,7 +251,7 @@ class KangarooDrafter:
             starts=starts,
             plan=(self.exit_layer, branching.num_siblings, branching.max_nodes, stopping.threshold, *batch.prices),
             pending=pending[0] if len(pending) == 1 else torch.cat(pending),
-            norm=self._adapter.final_norm,
+            head=(cast("PackedTransformer", self._head), self._adapter.final_norm),
         )
         for growth, (tokens, parents, _), fresh in zip(growths, drafted, pending, strict=True):
             memory, slot = self._memory[growth.sequence], growth.sequence.slot

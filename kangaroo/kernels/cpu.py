@@ -115,7 +115,10 @@ class Stack:
         self._stack = _native.Stack(sizes, norm_eps, attention_scale, softcap or 0.0, activation == "gelu_tanh")
 
     def add_layer(self, weights: Sequence[Weight | None], norms: Mapping[str, Tensor], *, window: int | None) -> None:
-        """weights: qkv, output, and gate_up and down or two None; norms: those of NORMS that the layer has."""
+        """weights: qkv, output, gate_up and down, two of them None where attention or MLP is absent.
+
+        norms: those of NORMS that the layer has.
+        """
         given = [norms[name].detach().float().contiguous() if name in norms else None for name in NORMS]
         self._stack.add_layer(list(weights), given, window or 0)
 

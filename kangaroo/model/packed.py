@@ -56,7 +56,10 @@ class PackedStack:
         )
 
     def add_layer(self, tensors: Mapping[str, Tensor], *, storage: str, window: int | None) -> None:
-        """Pack a layer's tensors, by the field names of Layer; one without gate_up has no MLP."""
+        """Pack a layer's tensors, by the field names of Layer.
+
+        One without qkv and output has no attention, one without gate_up and down no MLP.
+        """
         weights = [
             cpu.pack(tensors[name], storage=storage, bias=tensors.get(f"{name}_bias"), paired=name == "gate_up")
             if name in tensors
@@ -170,17 +173,20 @@ class PackedTransformer(Transformer):
 
     def draft(
         self, caches: tuple[KVCache, KVCache], adapter: PackedStack, *, starts: Sequence[cpu.Start],
-        plan: cpu.Plan, pending: Tensor, norm: Tensor
+        plan: cpu.Plan, pending: Tensor, head: tuple["PackedTransformer", Tensor]
     ) -> tuple[list[cpu.Nodes], Tensor]:  # fmt: skip
-        """Draft with layers [0, e) and an adapter in one call, caches being theirs; cpu.Head.draft says how."""
+        """Draft with layers [0, e) and an adapter in one call, caches being theirs; cpu.Head.draft says how.
+
+        head: the model whose head guesses, and the norm [D] before it.
+        """
         num_more = min(plan[2], 1 + max(start[6] for start in starts)) if plan[1] == 1 else plan[2]
-        return self._head.draft(
+        return head[0]._head.draft(
             self._stack.place(caches[0], max(start[1] for start in starts) + num_more),
             adapter.place(caches[1], max(start[3] + start[5] for start in starts) + num_more),
             starts=starts,
             plan=plan,
             pending=pending,
-            embedding_norm=(self._embedding, self.config.embedding_scale, norm),
+            embedding_norm=(self._embedding, self.config.embedding_scale, head[1]),
         )
 
 

@@ -12,7 +12,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from kangaroo.drafters.adapter import WEIGHTS_FILE, Adapter, check_exit_layer
+from kangaroo.drafters.adapter import ADDING, WEIGHTS_FILE, Adapter, check_exit_layer
 from kangaroo.drafters.companion import CONFIG_FILE
 from kangaroo.model.transformer import FullSequencePass, Transformer
 from kangaroo.model.weights import DTYPES
@@ -52,7 +52,8 @@ def draft_cost(target: Transformer, adapter: Adapter) -> float:
     layers = [sum(tensor.numel() for tensor in layer.tensors().values()) for layer in target.layers]
     extra = sum(tensor.numel() for tensor in adapter.tensors.values())
     head = target.head.numel()
-    return (sum(layers[: adapter.config.exit_layer]) + extra + head) / (sum(layers) + head)
+    shared = 0 if "head" in adapter.tensors else head
+    return (sum(layers[: adapter.config.exit_layer]) + extra + shared) / (sum(layers) + head)
 
 
 class AdapterRun(TrainingRun[AdapterPlan]):
@@ -61,12 +62,14 @@ class AdapterRun(TrainingRun[AdapterPlan]):
     noun = "adapter"
 
     def __init__(self, target: Transformer, dataset: Dataset, *, plan: AdapterPlan) -> None:
-        self.adapter = Adapter.initialize(target, plan.exit_layer, seed=plan.seed, initialization=plan.initialization)
+        self.adapter = Adapter.initialize(target, plan.exit_layer, kind=plan.adapter_kind, seed=plan.seed,
+                                          initialization=plan.initialization)  # fmt: skip
+        self.head = self.adapter.head(target)
         self.positions: Positions | None = None
         super().__init__(target, dataset, plan=plan, tensors=self.adapter.tensors)
 
     def make_optimizer(self) -> torch.optim.Optimizer:
-        """AdamW whose steps of the output projection are in units of the states it adds to.
+        """AdamW whose steps of the projections that add to the states are in units of these.
 
         Their scale differs between models by orders of magnitude, and steps of one size would not get far from zero.
         """
@@ -74,11 +77,14 @@ class AdapterRun(TrainingRun[AdapterPlan]):
         tokens, _ = self.dataset.batch(plan.batch_size, seed=plan.seed, step=0)
         shallow, _ = self.target_states(tokens[:, :-1].to(self.target.device))
         scale = float(shallow.float().square().mean(dim=-1).sqrt().median())
+        matrices = [name for name, tensor in tensors.items() if tensor.ndim > 1]
         groups: list[dict[str, Any]] = [
-            {"params": [tensors["qkv"]], "weight_decay": plan.weight_decay, "scale": 1.0},
-            {"params": [tensors["output"]], "weight_decay": plan.weight_decay / scale, "scale": scale},
-            {"params": [tensors["input_norm"], tensors["final_norm"]], "weight_decay": 0.0, "scale": 1.0},
-        ]
+            {"params": [tensors[name] for name in matrices if name not in ADDING],
+             "weight_decay": plan.weight_decay, "scale": 1.0},
+            {"params": [tensors[name] for name in matrices if name in ADDING],
+             "weight_decay": plan.weight_decay / scale, "scale": scale},
+            {"params": [tensor for tensor in tensors.values() if tensor.ndim == 1], "weight_decay": 0.0, "scale": 1.0},
+        ]  # fmt: skip
         return torch.optim.AdamW(groups, lr=plan.learning_rate, betas=(0.9, 0.95))
 
     def learn(self, tokens: Tensor, mask: Tensor) -> float:
@@ -112,7 +118,7 @@ class AdapterRun(TrainingRun[AdapterPlan]):
         return taps[self.plan.exit_layer], hidden
 
     def draft_states(self, shallow: Tensor) -> Tensor:
-        """Normed states [B, T, D] for the shared head from states [B, T, D] entering the exit layer."""
+        """Normed states [B, T, D] for the head from states [B, T, D] entering the exit layer."""
         attention = FullSequencePass(self.adapter.model_config, shallow.shape[1], device=shallow.device)
         return self.adapter.forward(shallow, attention=attention)
 
@@ -120,7 +126,7 @@ class AdapterRun(TrainingRun[AdapterPlan]):
         """Summed cross-entropy of the draft against the target's distribution, states [N, D] each."""
         with torch.no_grad():
             labels = torch.softmax(self.target.logits(final), dim=-1)
-        logits = self.target.head_logits(normed)
+        logits = self.head.head_logits(normed)
         return torch.nn.functional.cross_entropy(logits, labels, reduction="sum")
 
     def measure(self) -> dict[str, float]:
@@ -140,7 +146,7 @@ class AdapterRun(TrainingRun[AdapterPlan]):
             draft, final, flat = self.draft_states(shallow).flatten(0, 1), final.flatten(0, 1), mask.flatten()
             parts = [
                 Positions.compare(
-                    self.target.head_logits(draft[chunk]), self.target.logits(final[chunk]), mask=flat[chunk]
+                    self.head.head_logits(draft[chunk]), self.target.logits(final[chunk]), mask=flat[chunk]
                 )
                 for chunk in self.chunks(len(draft))
             ]

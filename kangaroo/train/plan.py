@@ -7,6 +7,7 @@ from typing import Any
 
 import torch
 
+from kangaroo.drafters.adapter import KINDS, Kind
 from kangaroo.errors import SettingsError
 from kangaroo.model.weights import DTYPES
 
@@ -57,13 +58,15 @@ class TrainingPlan:
 
 @dataclass(frozen=True)
 class AdapterPlan(TrainingPlan):
-    """How an adapter is trained; initialization says where its norms start: at the target's own or at ones."""
+    """Which adapter is trained, and how; initialization says where its norms start: at the target's own or at ones."""
 
     exit_layer: int = 2
+    adapter_kind: Kind = "attention"
     initialization: str = "target"
 
     def __post_init__(self) -> None:
         super().__post_init__()
+        _check_choice("adapter_kind", self.adapter_kind, allowed=KINDS)
         _check_choice("initialization", self.initialization, allowed=INITIALIZATIONS)
 
 

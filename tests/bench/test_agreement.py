@@ -4,23 +4,24 @@ import pytest
 import torch
 
 from kangaroo.bench.agreement import count_forced_steps, repeated_share
-from kangaroo.drafters.adapter import Adapter
+from kangaroo.drafters.adapter import Kind
 from kangaroo.drafters.kangaroo import KangarooDrafter
 from kangaroo.drafters.stopping import FixedLength
 from kangaroo.engine.engine import Engine
 from kangaroo.types import Request, SamplingParams
-from tests.tiny import tiny_config, tiny_transformer
+from tests.tiny import noisy_adapter, tiny_config, tiny_transformer
 
 
 @pytest.mark.parametrize("gamma", [1, 3, 6])
 @pytest.mark.parametrize("num_new_tokens", [1, 2, 17, 40])
-def test_forced_steps_on_greedy_text_are_the_steps_of_decoding(gamma: int, num_new_tokens: int) -> None:
+@pytest.mark.parametrize("kind", ["attention", "head"])
+def test_forced_steps_on_greedy_text_are_the_steps_of_decoding(kind: Kind, gamma: int, num_new_tokens: int) -> None:
     target = tiny_transformer(tiny_config())
     # Weak upper layers let the shallow draft be right about half the time.
     for layer in target.layers[1:]:
         layer.output.mul_(0.1)
         layer.down.mul_(0.1)
-    adapter = Adapter.initialize(target, 1)
+    adapter = noisy_adapter(target, 1, kind=kind, noise=0.05)
     engine = Engine(target, KangarooDrafter(target, adapter, stopping=FixedLength(gamma)))
     decoding = engine.submit(Request((5, 6, 7), SamplingParams(max_new_tokens=num_new_tokens)))
     engine.run(decoding)

@@ -48,12 +48,26 @@ def test_json_is_exactly_one_report(train, tmp_path):
 
 
 def test_every_flag_reaches_the_plan(train, bare_folder):
-    flags = {"exit-layer": 3, "learning-rate": 0.01, "warmup-steps": 1, "weight-decay": 0.5, "seed": 7,
-             "checkpoint-every": 2, "initialization": "ones", "precision": "float32", "dtype": "bfloat16"}  # fmt: skip
+    flags = {"exit-layer": 3, "adapter-kind": "mlp", "learning-rate": 0.01, "warmup-steps": 1, "weight-decay": 0.5,
+             "seed": 7, "checkpoint-every": 2, "initialization": "ones", "precision": "float32",
+             "dtype": "bfloat16"}  # fmt: skip
     report = json.loads(train("--json", *(word for name, value in flags.items() for word in (f"--{name}", value))).out)
     expected = {name.replace("-", "_"): value for name, value in flags.items()}
     steps = {"num_steps": 4, "batch_size": 2, "sequence_length": 16, "evaluate_every": 2}
     assert report["plan"] == expected | steps | {"model": str(bare_folder)}
+
+
+@pytest.mark.parametrize("kind", ["attention", "mlp", "layer", "head"])
+def test_every_kind_of_adapter_is_trained_reported_and_drafted_with(kind, train, run, bare_folder, tmp_path):
+    report = json.loads(train("--adapter-kind", kind, "--json").out)
+    assert report["adapter"]["kind"] == kind
+    generated = run("generate", "--model", bare_folder, "--prompt", "hop", "--adapter", tmp_path / "out", "--json")
+    assert json.loads(generated.out)["num_drafted"] > 0
+
+
+def test_resuming_as_another_kind_is_refused(train):
+    assert train("--adapter-kind", "mlp").status == 0
+    assert "adapter_kind was mlp, now layer" in refusal(train("--adapter-kind", "layer", "--resume"))
 
 
 def test_a_summary_is_printed_and_a_second_run_needs_resume(train):
@@ -73,7 +87,7 @@ def test_files_passed_over_are_counted_on_stderr(train, tmp_path):
     assert json.loads(ran.out)["num_skipped_files"] == 1
 
 
-@pytest.mark.parametrize("flag", ["--initialization", "--precision", "--dtype"])
+@pytest.mark.parametrize("flag", ["--adapter-kind", "--initialization", "--precision", "--dtype"])
 def test_a_misspelt_choice_is_a_usage_error(flag, train, tmp_path):
     line = refusal(train(flag, "floaty"), status=2)
     assert flag in line

@@ -9,13 +9,14 @@ import pytest
 import torch
 from torch import Tensor
 
-from kangaroo.drafters.adapter import WEIGHTS_FILE, Adapter, attention_config, tensor_shapes
+from kangaroo.drafters.adapter import KINDS, WEIGHTS_FILE, Adapter, Kind, attention_config, tensor_shapes
 from kangaroo.drafters.companion import CONFIG_FILE, fingerprint
-from kangaroo.errors import AdapterError
+from kangaroo.errors import AdapterError, KernelError
+from kangaroo.model import packed
 from kangaroo.model.cache import CachedPass, KVCache, Segment
 from kangaroo.model.transformer import FullSequencePass, Transformer
 from kangaroo.model.weights import assemble, disassemble
-from tests.tiny import tiny_config, tiny_transformer
+from tests.tiny import noisy_adapter, tiny_config, tiny_transformer
 
 FAMILIES = ["llama", "mistral", "qwen2", "qwen3", "gemma2"]
 
@@ -31,11 +32,8 @@ def folder(tmp_path: Path, target: Transformer) -> Path:
     return tmp_path
 
 
-def random_adapter(target: Transformer) -> Adapter:
-    adapter = Adapter.initialize(target, 1)
-    generator = torch.Generator().manual_seed(5)
-    adapter.tensors["output"] = 0.3 * torch.randn(adapter.tensors["output"].shape, generator=generator)
-    return adapter
+def random_adapter(target: Transformer, kind: Kind = "attention") -> Adapter:
+    return noisy_adapter(target, 1, kind=kind, noise=0.3, seed=5)
 
 
 def edit_config(folder: Path, **fields: Any) -> None:
@@ -43,12 +41,14 @@ def edit_config(folder: Path, **fields: Any) -> None:
     path.write_text(json.dumps(json.loads(path.read_text()) | fields))
 
 
-def test_saved_adapter_loads_unchanged(tmp_path: Path, target: Transformer) -> None:
-    adapter = random_adapter(target)
+@pytest.mark.parametrize("kind", KINDS)
+def test_saved_adapter_loads_unchanged(tmp_path: Path, target: Transformer, kind: Kind) -> None:
+    adapter = random_adapter(target, kind)
     adapter.config.gamma, adapter.config.eta = 5, 0.25
     adapter.save(tmp_path)
     loaded = Adapter.load(tmp_path, target)
     assert loaded.config == adapter.config
+    assert loaded.config.kind == kind
     assert loaded.tensors.keys() == adapter.tensors.keys()
     assert all(torch.equal(loaded.tensors[name], tensor) for name, tensor in adapter.tensors.items())
 
@@ -61,18 +61,63 @@ def test_adapter_saved_in_bfloat16_loads_rounded(tmp_path: Path, target: Transfo
         assert torch.equal(loaded.tensors[name], tensor.bfloat16().float())
 
 
-def test_new_adapter_predicts_as_the_target_would_leaving_at_the_exit_layer(target: Transformer) -> None:
+def test_config_that_names_no_kind_is_that_of_an_attention(target: Transformer, folder: Path) -> None:
+    path = folder / CONFIG_FILE
+    fields = json.loads(path.read_text())
+    assert fields.pop("kind") == "attention"
+    path.write_text(json.dumps(fields))
+    assert Adapter.load(folder, target).config.kind == "attention"
+
+
+@pytest.mark.parametrize("kind", ["mlp", "layer", "head"])
+def test_config_of_another_kind_than_the_weights_is_refused(target: Transformer, folder: Path, kind: str) -> None:
+    edit_config(folder, kind=kind)
+    with pytest.raises(AdapterError, match="must hold"):
+        Adapter.load(folder, target)
+
+
+def test_kind_nobody_knows_is_refused_by_name(target: Transformer, folder: Path) -> None:
+    edit_config(folder, kind="convolution")
+    with pytest.raises(AdapterError, match=r"is no adapter config: kind: .*'attention', 'mlp', 'layer' or 'head'"):
+        Adapter.load(folder, target)
+
+
+def test_head_of_packed_weights_cannot_be_copied(target: Transformer) -> None:
+    with pytest.raises(KernelError, match="backend='reference' to make a head for it"):
+        Adapter.initialize(packed.pack(target), 1, kind="head")
+
+
+@pytest.mark.parametrize("kind", KINDS)
+@pytest.mark.parametrize("family", FAMILIES)
+def test_packed_adapter_guesses_what_the_reference_does(family: str, kind: Kind) -> None:
+    target = tiny_transformer(tiny_config(family, tie_word_embeddings=False))
+    native = packed.pack(target)
+    adapter = random_adapter(target, kind)
+    hidden = torch.randn(6, target.config.hidden_size, generator=torch.Generator().manual_seed(1))
+    found = []
+    for one, model in ((adapter, target), (adapter.pack(native), native)):
+        cache = one.new_cache(model, num_sequences=1, num_slots=6)
+        states = one.run(hidden, attention=CachedPass(cache, [Segment(0, 0, 6, (-1, 0, 0, 1, 2, 2))]))
+        head = one.head(model)
+        found.append((states, head.logits(states, one.final_norm), *head.guess(states, one.final_norm)))
+    for mine, expected in zip(*found, strict=True):
+        torch.testing.assert_close(mine, expected, rtol=1e-4, atol=1e-4)
+
+
+@pytest.mark.parametrize("kind", KINDS)
+def test_new_adapter_predicts_as_the_target_would_leaving_at_the_exit_layer(target: Transformer, kind: Kind) -> None:
     hidden = torch.randn(1, 7, target.config.hidden_size, generator=torch.Generator().manual_seed(0))
-    adapter = Adapter.initialize(target, 1)
+    adapter = Adapter.initialize(target, 1, kind=kind)
     attention = FullSequencePass(adapter.model_config, 7, device=hidden.device)
-    logits = target.head_logits(adapter.forward(hidden, attention=attention))
+    logits = adapter.head(target).head_logits(adapter.forward(hidden, attention=attention))
     torch.testing.assert_close(logits, target.logits(hidden))
 
 
+@pytest.mark.parametrize("kind", KINDS)
 @pytest.mark.parametrize("family", FAMILIES)
-def test_cached_pass_in_pieces_equals_the_training_pass(family: str) -> None:
+def test_cached_pass_in_pieces_equals_the_training_pass(family: str, kind: Kind) -> None:
     target = tiny_transformer(tiny_config(family))
-    adapter = random_adapter(target)
+    adapter = random_adapter(target, kind)
     hidden = torch.randn(14, target.config.hidden_size, generator=torch.Generator().manual_seed(1))
     whole = adapter.forward(hidden[None], attention=FullSequencePass(adapter.model_config, 14, device=hidden.device))
     cache = KVCache(adapter.model_config, 1, num_slots=14, dtype=torch.float32, device=hidden.device)

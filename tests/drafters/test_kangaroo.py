@@ -3,6 +3,7 @@
 from collections import Counter
 from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
+from itertools import product
 from pathlib import Path
 from typing import Any
 
@@ -11,7 +12,7 @@ import torch
 from torch import Tensor
 
 from kangaroo.drafters import kangaroo as module
-from kangaroo.drafters.adapter import Adapter
+from kangaroo.drafters.adapter import KINDS, Adapter, Kind
 from kangaroo.drafters.base import MAX_NODES, Batch, is_chain
 from kangaroo.drafters.base import Sequence as DecodedSequence
 from kangaroo.drafters.kangaroo import KangarooDrafter, build
@@ -33,7 +34,7 @@ from kangaroo.model.transformer import FullSequencePass, Transformer
 from kangaroo.model.weights import assemble, disassemble
 from kangaroo.types import Draft, Outcome, Request, SamplingParams
 from tests.engine.scenarios import Pace
-from tests.tiny import tame_transformer, tiny_tokenizer
+from tests.tiny import noisy_adapter, tame_transformer, tiny_tokenizer
 
 FAMILIES = ["llama", "mistral", "qwen2", "qwen3", "gemma2"]
 EXIT_LAYER = 2
@@ -44,11 +45,9 @@ def tame_target(family: str = "llama") -> Transformer:
     return tame_transformer(family, EXIT_LAYER)
 
 
-def make_drafter(target: Transformer, stopping: StoppingPolicy) -> KangarooDrafter:
-    adapter = Adapter.initialize(target, EXIT_LAYER)
-    shape = adapter.tensors["output"].shape
+def make_drafter(target: Transformer, stopping: StoppingPolicy, kind: Kind = "attention") -> KangarooDrafter:
     # Small enough to leave most predictions right, large enough to show in every comparison.
-    adapter.tensors["output"] = 0.1 * torch.randn(shape, generator=torch.Generator().manual_seed(4))
+    adapter = noisy_adapter(target, EXIT_LAYER, kind=kind, noise=0.1, seed=4)
     return KangarooDrafter(target, adapter, stopping=stopping)
 
 
@@ -144,10 +143,11 @@ def test_adapter_cache_after_many_steps_equals_a_fresh_pass_of_the_adapter(
         torch.testing.assert_close(kept[0][0, :, :num_rows], expected[0][0], rtol=1e-5, atol=1e-5)
 
 
+@pytest.mark.parametrize("kind", KINDS)
 @pytest.mark.parametrize("family", ["llama", "gemma2"])
-def test_confidences_and_guesses_are_those_of_the_adapter_over_the_whole_text(family: str) -> None:
+def test_confidences_and_guesses_are_those_of_the_adapter_over_the_whole_text(family: str, kind: Kind) -> None:
     target = tame_target(family)
-    drafter = make_drafter(target, ConfidenceThreshold(4, 0.4))
+    drafter = make_drafter(target, ConfidenceThreshold(4, 0.2), kind)
     recorder = Recorder(drafter, target, SamplingParams(max_new_tokens=24))
     recorder.finish()
     for text, draft, _ in recorder.steps():
@@ -156,7 +156,8 @@ def test_confidences_and_guesses_are_those_of_the_adapter_over_the_whole_text(fa
         tokens = text + draft.tokens[0][1:-1]
         _, hidden = fresh_pass(target, tokens, EXIT_LAYER)
         attention = FullSequencePass(drafter._adapter.model_config, len(tokens), device=target.device)
-        logits = target.head_logits(drafter._adapter.forward(hidden[None], attention=attention)[0])
+        adapter = drafter._adapter
+        logits = adapter.head(target).head_logits(adapter.forward(hidden[None], attention=attention)[0])
         predicted = torch.softmax(logits[len(text) - 1 :], dim=-1).max(dim=-1)
         assert draft.confidence is not None
         assert draft.confidence[0][0] == 1
@@ -457,10 +458,10 @@ class Probing:
 
 def probe_drafts(
     loose: Transformer, target: packed.PackedTransformer, stopping: StoppingPolicy, *, branching: Branching,
-    wishes: Sequence[SamplingParams]
+    wishes: Sequence[SamplingParams], kind: Kind = "attention"
 ) -> Probing:  # fmt: skip
     """Texts of several prompts, decoded together at changing prices of a node."""
-    adapter = make_drafter(loose, stopping)._adapter.pack(target)
+    adapter = make_drafter(loose, stopping, kind)._adapter.pack(target)
     drafter = KangarooDrafter(target, adapter, stopping=stopping, branching=branching)
     probing = Probing(drafter, target)
     engine = Engine(target, drafter, limits=Limits(max_batch_size=len(wishes)), pace=Pace((MAX_NODES,)))
@@ -472,22 +473,25 @@ def probe_drafts(
 
 @pytest.mark.parametrize("wishes", [GREEDY, SAMPLED], ids=["greedy", "sampled"])
 @pytest.mark.parametrize("branching", [Branching(), Branching(3, 16)], ids=["chain", "tree"])
-@pytest.mark.parametrize("storage", ["float32", "bfloat16", "int8"])
-@pytest.mark.parametrize("family", FAMILIES)
+@pytest.mark.parametrize(
+    ("family", "storage", "kind"),
+    [*product(FAMILIES, ["float32", "bfloat16", "int8"], ["attention"]), *product(["gemma2"], ["float32"], KINDS[1:])],
+)
 def test_drafts_of_one_call_are_those_made_level_by_level(
-    monkeypatch: pytest.MonkeyPatch, family: str, storage: str, branching: Branching, wishes: list[SamplingParams]
-) -> None:
+    monkeypatch: pytest.MonkeyPatch, family: str, storage: str, kind: Kind, branching: Branching,
+    wishes: list[SamplingParams]
+) -> None:  # fmt: skip
     loose = tame_target(family)
     target = packed.pack(loose, storage)
     for eta in (0.0, 0.4, 1.0):
         stopping = ConfidenceThreshold(5, eta)
         with monkeypatch.context() as patch:
             patch.setattr(KangarooDrafter, "_run_shallow", None)
-            native = probe_drafts(loose, target, stopping, branching=branching, wishes=wishes)
+            native = probe_drafts(loose, target, stopping, branching=branching, wishes=wishes, kind=kind)
         with monkeypatch.context() as patch:
             patch.setattr(module._Growth, "is_native", False)
             patch.setattr(KangarooDrafter, "_draft_in_one_call", None)
-            levels = probe_drafts(loose, target, stopping, branching=branching, wishes=wishes)
+            levels = probe_drafts(loose, target, stopping, branching=branching, wishes=wishes, kind=kind)
         for mine, other in zip(native.drafts, levels.drafts, strict=True):
             assert (mine.tokens, mine.parents) == (other.tokens, other.parents)
             assert (mine.resume_layer, mine.hidden is None) == (other.resume_layer, other.hidden is None)
@@ -500,6 +504,18 @@ def test_drafts_of_one_call_are_those_made_level_by_level(
         assert has_branches == (branching.num_siblings > 1)
         for one, expected in zip(native.probes, levels.probes, strict=True):
             assert torch.equal(one, expected)
+
+
+def test_an_adapter_without_attention_is_fed_nothing_but_what_it_guesses_behind() -> None:
+    target = tame_target()
+    drafter = make_drafter(target, FixedLength(4), "mlp")
+    recorder = Recorder(drafter, target, SamplingParams(max_new_tokens=120))
+    for _ in range(20):
+        recorder.engine.step()
+    assert drafter._cache.lengths == [0]
+    assert drafter._cache.num_slots == MAX_NODES < len(recorder.text)
+    (memory,) = drafter._memory.values()
+    assert memory.pending == []
 
 
 def test_long_prompt_reaches_a_packed_adapter_in_blocks(monkeypatch: pytest.MonkeyPatch) -> None:

@@ -8,9 +8,8 @@ from dataclasses import dataclass, replace
 from pathlib import Path
 
 import numpy as np
-import torch
 
-from kangaroo.drafters.adapter import Adapter
+from kangaroo.drafters.adapter import Adapter, Kind
 from kangaroo.drafters.auto import AutoDrafter
 from kangaroo.drafters.base import Drafter
 from kangaroo.drafters.datastore import Datastore, build_datastore
@@ -33,10 +32,12 @@ from kangaroo.model.transformer import Transformer
 from tests.engine import scripts
 from tests.engine.scripts import Guess, ScriptedDrafter, Texts
 from tests.heads import learn_heads
-from tests.tiny import VOCAB_SIZE, tame_transformer
+from tests.tiny import VOCAB_SIZE, noisy_adapter, tame_transformer
 
 FAMILIES = ["llama", "mistral", "qwen2", "qwen3", "gemma2"]
 EXIT_LAYER = 2
+# Noise that shows in what an adapter says, and leaves it right about as often.
+LITTLE = 0.05
 # How much of a draft a step may accept.
 NONE, PART, ALL = "none", "part", "all"
 ANY = frozenset({NONE, PART, ALL})
@@ -64,10 +65,12 @@ def follow(guess: Guess) -> Factory:
     return lambda target, texts: ScriptedDrafter(texts, guess)
 
 
-def kangaroo(stopping: StoppingPolicy, branching: Branching = CHAIN, *, is_trained: bool = True) -> Factory:
-    """Kangaroo with the early exit itself for an adapter, or with noise."""
+def kangaroo(
+    stopping: StoppingPolicy, branching: Branching = CHAIN, *, kind: Kind = "attention", noise: float = 0.0
+) -> Factory:
+    """Kangaroo with the early exit itself for an adapter, plus noise."""
     return lambda target, texts: KangarooDrafter(
-        target, adapter(target, is_trained=is_trained), stopping=stopping, branching=branching
+        target, adapter(target, kind=kind, noise=noise), stopping=stopping, branching=branching
     )
 
 
@@ -137,14 +140,20 @@ CASES = [
     Case("right_at_first", follow(scripts.right_at_first)),
     Case("branching", follow(scripts.branching)),
     Case("wild", follow(scripts.wild)),
-    Case("kangaroo-noisy", kangaroo(FixedLength(3), is_trained=False)),
-    Case("kangaroo-noisy-tree", kangaroo(FixedLength(3), Branching(3, 9), is_trained=False)),
+    Case("kangaroo-noisy", kangaroo(FixedLength(3), noise=0.3)),
+    Case("kangaroo-noisy-tree", kangaroo(FixedLength(3), Branching(3, 9), noise=0.3)),
     Case("kangaroo-fixed1", kangaroo(FixedLength(1)), frozenset({NONE, ALL})),
     Case("kangaroo-fixed6", kangaroo(FixedLength(6))),
     Case("kangaroo-eta0.1", kangaroo(ConfidenceThreshold(6, 0.1))),
     Case("kangaroo-eta1", kangaroo(ConfidenceThreshold(6, 1.0)), frozenset({NONE, ALL})),
     Case("kangaroo-tree-fixed4", kangaroo(FixedLength(4), Branching(3, 16))),
     Case("kangaroo-tree-eta0.1", kangaroo(ConfidenceThreshold(6, 0.1), Branching(2, 64))),
+    Case("kangaroo-mlp", kangaroo(FixedLength(6), kind="mlp", noise=LITTLE)),
+    Case("kangaroo-mlp-tree", kangaroo(ConfidenceThreshold(6, 0.1), Branching(2, 64), kind="mlp", noise=LITTLE)),
+    Case("kangaroo-layer", kangaroo(ConfidenceThreshold(6, 0.1), kind="layer", noise=LITTLE)),
+    Case("kangaroo-layer-tree", kangaroo(FixedLength(4), Branching(3, 16), kind="layer", noise=LITTLE)),
+    Case("kangaroo-head", kangaroo(FixedLength(6), kind="head", noise=LITTLE)),
+    Case("kangaroo-head-tree", kangaroo(ConfidenceThreshold(6, 0.1), Branching(2, 64), kind="head", noise=LITTLE)),
     # Random texts seldom repeat themselves.
     Case("lookup", lookup_in_references(PromptLookupSettings())),
     Case("lookup-tree", lookup_in_references(FOUR_SIBLINGS)),
@@ -218,12 +227,9 @@ def first_layers(target: Transformer) -> Transformer:
 
 
 @functools.cache
-def adapter(target: Transformer, *, is_trained: bool) -> Adapter:
-    """The early exit itself, which an untrained adapter starts as, or noise; on the target's kernels."""
-    made = Adapter.initialize(target, EXIT_LAYER)
-    if not is_trained:
-        shape = made.tensors["output"].shape
-        made.tensors["output"] = 0.3 * torch.randn(shape, generator=torch.Generator().manual_seed(2))
+def adapter(target: Transformer, *, kind: Kind, noise: float) -> Adapter:
+    """The early exit itself, which an untrained adapter starts as, plus noise; on the target's kernels."""
+    made = noisy_adapter(unpacked(target), EXIT_LAYER, kind=kind, noise=noise)
     return made if target.backend == REFERENCE else made.pack(target)  # type: ignore[arg-type]
 
 

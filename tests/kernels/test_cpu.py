@@ -561,7 +561,8 @@ def test_layers_that_do_not_fit_their_stack_are_refused() -> None:
     norms = {"input_norm": torch.ones(20), "mlp_norm": torch.ones(20)}
     qkv, output, gate_up, down = weight(24, 20), weight(20, 12), weight(46, 20, paired=True), weight(20, 23)
     stack = SmallStack().stack
-    for weights in ([None, output, gate_up, down], [qkv, output, None, down], [qkv, output, gate_up, None],
+    for weights in ([None, output, gate_up, down], [qkv, None, gate_up, down], [None] * 4,
+                    [qkv, output, None, down], [qkv, output, gate_up, None],
                     [output, output, gate_up, down], [qkv, output, weight(46, 20), down],
                     [qkv, output, gate_up, weight(20, 46)], [qkv, output, None, None],
                     [qkv, output, weight(48, 20, paired=True), weight(20, 24)], [qkv, output, gate_up]):  # fmt: skip

@@ -2,12 +2,13 @@
 
 import json
 from dataclasses import replace
+from itertools import product
 
 import pytest
 import torch
 from torch.testing import assert_close
 
-from kangaroo.drafters.adapter import Adapter
+from kangaroo.drafters.adapter import KINDS, Adapter
 from kangaroo.errors import AdapterError, DataError, SettingsError
 from kangaroo.train import run as run_module
 from kangaroo.train.adapter import AdapterRun, draft_cost
@@ -23,8 +24,9 @@ def gradients(target, dataset, plan, tokens, mask):
     return {name: tensor.detach().clone() for name, tensor in run.tensors.items()}
 
 
-def test_training_lowers_the_held_out_loss_and_raises_top1(finish, target, dataset, plan, tmp_path):
-    plan = replace(plan, exit_layer=3, num_steps=60, checkpoint_every=60, learning_rate=1e-2)
+@pytest.mark.parametrize("kind", KINDS)
+def test_training_lowers_the_held_out_loss_and_raises_top1(kind, finish, target, dataset, plan, tmp_path):
+    plan = replace(plan, adapter_kind=kind, exit_layer=3, num_steps=60, checkpoint_every=60, learning_rate=1e-2)
     before = AdapterRun(target, dataset, plan=plan).evaluate().summary()
     after = finish(plan, tmp_path)[-1].metrics
     assert after["loss"] < before["loss"] - 0.1
@@ -67,8 +69,9 @@ def test_learning_in_chunks_of_rows_equals_learning_at_once(target, dataset, pla
         assert (tensor - whole[name]).abs().gt(1e-6).float().mean() < 0.01, name
 
 
-def test_states_a_hundred_times_larger_are_learned_as_fast(dataset, plan):
-    plan = replace(plan, exit_layer=2, learning_rate=1e-2)
+@pytest.mark.parametrize("kind", ["attention", "mlp"])
+def test_states_a_hundred_times_larger_are_learned_as_fast(kind, dataset, plan):
+    plan = replace(plan, adapter_kind=kind, exit_layer=2, learning_rate=1e-2)
     losses = []
     for scale in (1.0, 100.0):
         # A larger residual stream behind norms: the same predictions from larger states.
@@ -101,6 +104,14 @@ def test_a_finished_run_leaves_a_loadable_adapter_and_a_report(finish, target, p
     assert 0 <= loaded.config.eta < 1
     assert report["num_parameters"] == sum(tensor.numel() for tensor in loaded.tensors.values())
     assert report["num_tokens_seen"] == 6 * 4 * 16
+
+
+@pytest.mark.parametrize("kind", KINDS)
+def test_every_weight_of_every_kind_is_learned_and_saved(kind, finish, target, plan, tmp_path):
+    finish(replace(plan, adapter_kind=kind), tmp_path)
+    before, after = Adapter.initialize(target, 2, kind=kind), Adapter.load(tmp_path, target)
+    assert after.config.kind == kind
+    assert not any(torch.equal(before.tensors[name], tensor) for name, tensor in after.tensors.items())
 
 
 def test_weights_are_saved_in_the_dtype_of_the_plan(finish, target, plan, tmp_path):
@@ -152,7 +163,8 @@ def test_a_diverged_run_stops_with_advice(finish, plan, tmp_path, monkeypatch):
 @pytest.mark.parametrize(
     ("field", "value"),
     [("num_steps", 0), ("batch_size", 0), ("learning_rate", 0.0), ("learning_rate", float("nan")), ("seed", -1),
-     ("initialization", "zeros"), ("precision", "auto"), ("dtype", "int8"), ("evaluate_every", 0)],
+     ("adapter_kind", "mamba"), ("initialization", "zeros"), ("precision", "auto"), ("dtype", "int8"),
+     ("evaluate_every", 0)],
 )  # fmt: skip
 def test_plans_outside_their_range_are_refused(field, value):
     with pytest.raises(SettingsError, match=f"{field} must be .*got {value}"):
@@ -192,10 +204,12 @@ def test_the_norms_start_where_the_plan_says(target, dataset, plan):
 def test_draft_cost_counts_the_parameters_read_per_token(target):
     qkv, output, mlp, norms = (4 + 2 * 2) * 8 * 32, 32 * 32, 3 * 48 * 32, 2 * 32
     layer, head = qkv + output + mlp + norms, 258 * 32
-    adapter = 3 * 32 * 32 + 32 * 32 + 2 * 32
-    for exit_layer in (1, 3):
-        cost = draft_cost(target, Adapter.initialize(target, exit_layer))
-        assert cost == pytest.approx((exit_layer * layer + adapter + head) / (4 * layer + head))
+    attention = 3 * 32 * 32 + 32 * 32
+    own = {"attention": attention + 2 * 32, "mlp": mlp + 2 * 32, "layer": attention + mlp + 3 * 32,
+           "head": attention + 2 * 32}  # fmt: skip
+    for exit_layer, kind in product((1, 3), KINDS):
+        cost = draft_cost(target, Adapter.initialize(target, exit_layer, kind=kind))
+        assert cost == pytest.approx((exit_layer * layer + own[kind] + head) / (4 * layer + head))
 
 
 def test_the_recommended_settings_are_those_of_the_draft_cost(finish, target, plan, tmp_path, monkeypatch):

@@ -22,9 +22,20 @@ def killed(target, dataset, plan, tmp_path):
     return output
 
 
-@pytest.mark.parametrize("precision", ["float32", "bfloat16"])
-def test_a_resumed_run_equals_the_uninterrupted_one_bit_for_bit(precision, target, dataset, plan, finish, tmp_path):
-    plan = replace(plan, precision=precision)
+@pytest.mark.parametrize(
+    ("precision", "kind"),
+    [
+        ("float32", "attention"),
+        ("bfloat16", "attention"),
+        ("float32", "mlp"),
+        ("float32", "layer"),
+        ("float32", "head"),
+    ],
+)
+def test_a_resumed_run_equals_the_uninterrupted_one_bit_for_bit(
+    precision, kind, target, dataset, plan, finish, tmp_path
+):
+    plan = replace(plan, precision=precision, adapter_kind=kind)
     whole = finish(plan, tmp_path / "whole")
     list(islice(train_adapter(target, dataset, plan=plan, output=tmp_path / "killed"), 5))
     resumed = finish(plan, tmp_path / "killed", resume=True)

@@ -157,10 +157,12 @@ struct Stack {
                  int64_t window) {
     require(weights.size() == 4 && norms.size() == 6 && window >= 0, "a layer has 4 weights, 6 norms and a window");
     const size_t size = shape.hidden_size, inner = shape.num_heads * shape.head_dim;
-    require(weights[0] && weights[1], "a layer needs its attention weights");
-    check_weight(*weights[0], inner + 2 * shape.num_kv_heads * shape.head_dim, size, false);
-    check_weight(*weights[1], size, inner, false);
-    require(!weights[2] == !weights[3], "a layer has both weights of the MLP or none");
+    require(!weights[0] == !weights[1] && !weights[2] == !weights[3] && (weights[0] || weights[2]),
+            "a layer has both weights of attention or none, both of the MLP or none, and at least one of them");
+    if (weights[0]) {
+      check_weight(*weights[0], inner + 2 * shape.num_kv_heads * shape.head_dim, size, false);
+      check_weight(*weights[1], size, inner, false);
+    }
     if (weights[2]) {
       check_weight(*weights[2], weights[3]->num_inputs, size, true);
       check_weight(*weights[3], size, weights[2]->num_outputs, false);
@@ -175,7 +177,7 @@ struct Stack {
     layer.post_attention_norm = copy(norms[3], size, "post_attention_norm");
     layer.mlp_norm = copy(norms[4], size, "mlp_norm");
     layer.post_mlp_norm = copy(norms[5], size, "post_mlp_norm");
-    require(!layer.input_norm.empty() && layer.mlp_norm.empty() == !weights[2], "a norm is missing");
+    require(layer.input_norm.empty() == !weights[0] && layer.mlp_norm.empty() == !weights[2], "a norm is missing");
     layers.push_back(std::move(layer));
   }
 };

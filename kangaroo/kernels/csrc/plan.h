@@ -46,7 +46,7 @@ struct Weight {
 
 enum class Activation { silu, gelu_tanh };
 
-// One decoder layer; an adapter's layer has no MLP (gate_up is null). Absent norms are empty.
+// One decoder layer; an adapter's may have no attention (qkv is null) or no MLP (gate_up). Absent norms are empty.
 struct Layer {
   std::shared_ptr<const Weight> qkv, output, gate_up, down;
   std::vector<float> input_norm, query_norm, key_norm, post_attention_norm, mlp_norm, post_mlp_norm;

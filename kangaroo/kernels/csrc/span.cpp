@@ -189,7 +189,7 @@ void run_span(const Pass& pass, Team& team) {
   const float* hidden = pass.hidden;
   for (size_t layer_id = pass.start; layer_id < pass.stop; ++layer_id) {
     const uint8_t skips = pass.skips.empty() ? 0 : pass.skips[layer_id];
-    if (!(skips & kSkipAttention)) {
+    if ((*pass.layers)[layer_id].qkv && !(skips & kSkipAttention)) {
       run_attention(pass, layer_id, hidden, team);
       hidden = pass.out;
     }
