@@ -137,7 +137,6 @@ def test_help_needs_no_torch() -> None:
     code = """
 import sys
 from kangaroo.cli import main
-from tests.spoiling import one_ulp, spoil_wide_passes
 try:
     main(["check", "--help"])
 except SystemExit as done:
