@@ -20,6 +20,7 @@ from kangaroo.drafters.base import Batch, Drafter
 from kangaroo.drafters.base import Sequence as Decoded
 from kangaroo.drafters.plain import PlainDrafter
 from kangaroo.llm import LLM
+from kangaroo.model.cache import depths_of
 from kangaroo.model.checkpoint import LoadedModel
 from kangaroo.model.transformer import AttentionPass, Transformer
 from kangaroo.sampling import gumbel_noise
@@ -178,10 +179,7 @@ class _WatchedRun:
 
     def draft(self, batch: Batch) -> Draft:
         draft = self._drafter.draft(batch)
-        depths: list[int] = []
-        for parent in draft.parents[0]:
-            depths.append(0 if parent < 0 else depths[parent] + 1)
-        self._draft_depth = max(depths)
+        self._draft_depth = max(depths_of(draft.parents[0]))
         return draft
 
     def accept(self, sequences: Sequence[Decoded], outcome: Outcome) -> None:

@@ -18,7 +18,7 @@ from torch import Tensor
 
 from kangaroo.drafters.base import Batch, Drafter, Sequence, draft_roots, is_chain
 from kangaroo.drafters.earnings import Chances, Earnings, StepCost
-from kangaroo.model.cache import CachedPass
+from kangaroo.model.cache import CachedPass, depths_of
 from kangaroo.types import Draft, Outcome
 
 # Free sources are asked in turn until one promises so many times what plain decoding brings.
@@ -180,10 +180,7 @@ def _judge(draft: Draft, row: int, *, chances: Chances, costs: tuple[float, floa
     tokens, chance, num_nodes = 1.0, 1.0, len(parents)
     time_s = base_s + row_s
     if not is_chain(parents):
-        depths = [0]
-        for parent in parents[1:]:
-            depths.append(depths[parent] + 1)
-        for depth in range(max(depths)):
+        for depth in range(max(depths_of(parents))):
             chance *= chances.at(depth)
             tokens += chance
         return _Offer(tokens / (base_s + row_s * num_nodes), draft, row, num_nodes)

@@ -22,7 +22,7 @@ from kangaroo.drafters.growing import Growth, add_level, assemble, draw, likelie
 from kangaroo.drafters.settings import KangarooSettings
 from kangaroo.drafters.stopping import StoppingPolicy, choose_stopping
 from kangaroo.drafters.tree import CHAIN, Branching, Guesses
-from kangaroo.model.cache import CachedPass
+from kangaroo.model.cache import CachedPass, depths_of
 from kangaroo.model.transformer import Transformer
 from kangaroo.sampling import needs_logits, reads_prefix
 from kangaroo.types import Draft, Outcome
@@ -253,13 +253,13 @@ class KangarooDrafter:
             pending=pending[0] if len(pending) == 1 else torch.cat(pending),
             head=(cast("PackedTransformer", self._head), self._adapter.final_norm),
         )
-        for growth, (tokens, parents, _), fresh in zip(growths, drafted, pending, strict=True):
+        for growth, (_, parents, _), fresh in zip(growths, drafted, pending, strict=True):
             memory, slot = self._memory[growth.sequence], growth.sequence.slot
             if growth.max_depth > 0:
                 self._cache.truncate(slot, self._cache.lengths[slot] + len(fresh))
                 memory.pending = []
             # Those that got children are known to the adapter.
-            memory.fed, memory.num_drafted = set(parents[1:]), len(tokens) - 1
+            memory.fed, memory.num_drafted = set(parents[1:]), max(depths_of(parents))
         return Draft(
             tokens=[tokens for tokens, _, _ in drafted],
             parents=[parents for _, parents, _ in drafted],

@@ -61,11 +61,11 @@ class _Load:
         self._times.setdefault(bound, deque(maxlen=RUN_LENGTH)).append((self._num_steps, time_s))
         has_turned, depth = bound != self._last_bound, bound or self._last_bound
         self._last_bound = bound
-        if depth == 0:
+        # The first comparison rests on several steps of both; later ones are made where one kind follows another.
+        if depth == 0 or (depth in self._ratios and not has_turned):
             return
         drafted_s, plain_s = self._recent_s(depth), self._recent_s(0)
-        # The first comparison rests on several steps of both; later ones are made where one kind follows another.
-        is_due = has_turned if depth in self._ratios else len(drafted_s) >= NUM_NEEDED
+        is_due = depth in self._ratios or len(drafted_s) >= NUM_NEEDED
         if is_due and drafted_s and plain_s:
             ratios = self._ratios.setdefault(depth, deque(maxlen=NUM_RATIOS))
             ratios.append(median(drafted_s) / median(plain_s))
@@ -164,6 +164,8 @@ class Pace:
         self._limit = limit
 
     def _nearest_known(self, num_sequences: int) -> _Load | None:
+        if num_sequences in self._loads and self._loads[num_sequences].is_known:
+            return self._loads[num_sequences]
         known = [size for size, load in self._loads.items() if load.is_known]
         nearest = min(known, key=lambda size: abs(size - num_sequences), default=0)
         if not nearest or max(nearest, num_sequences) > MAX_RATIO * min(nearest, num_sequences):

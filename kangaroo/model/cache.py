@@ -3,6 +3,7 @@
 Shapes: B sequences, R rows of a pass, S visible slots, G key-value heads, H query heads, E head size.
 """
 
+from collections.abc import Sequence as SequenceOf
 from dataclasses import dataclass
 from functools import cached_property
 
@@ -74,6 +75,14 @@ class KVCache:
             stored[sequence, :, start : start + len(path)] = stored[sequence, :, source]
 
 
+def depths_of(parents: SequenceOf[int]) -> list[int]:
+    """How many ancestors each node of a draft has, by the parents of the nodes, -1 for one that has none."""
+    depths: list[int] = []
+    for parent in parents:
+        depths.append(0 if parent < 0 else depths[parent] + 1)
+    return depths
+
+
 @dataclass(frozen=True)
 class Segment:
     """Consecutive rows of one sequence in a packed pass: nodes first_node and on of its draft, or plain tokens.
@@ -97,10 +106,7 @@ class Segment:
         """Distance of every node up to the last row's from the committed tokens, minus one; a chain's are 0, 1, 2."""
         if self.parents is None:
             return list(range(self.first_node + self.num_rows))
-        depths: list[int] = []
-        for parent in self.parents:
-            depths.append(0 if parent < 0 else depths[parent] + 1)
-        return depths
+        return depths_of(self.parents)
 
     def positions(self, device: torch.device) -> Tensor:
         """[R] int64: every row's position; a chain's are made on the device, without waiting for it."""
