@@ -8,7 +8,6 @@ warm-up; times span prefill and decoding. A contender whose package is not insta
 
 import argparse
 import statistics
-import time
 from pathlib import Path
 
 import torch
@@ -19,13 +18,11 @@ from kangaroo.bench.contenders.roster import Parts, build_contenders, choose_nam
 from kangaroo.bench.divergence import run_full_pass
 from kangaroo.bench.prompts import Prompt, read_prompts
 from kangaroo.bench.record import markdown_table, stamp, stamp_text, write_result
-from kangaroo.drafters.base import Batch, Sequence
+from kangaroo.cost import measure_costs
 from kangaroo.drafters.settings import KangarooSettings
-from kangaroo.engine.step import prefill
 from kangaroo.llm import LLM, build_drafter
 from kangaroo.model.checkpoint import LoadedModel, load_model
 from kangaroo.model.weights import STORAGES
-from kangaroo.types import Outcome, Request, SamplingParams
 
 ETAS, GAMMAS = (0.0, 0.15, 0.3, 0.45, 0.6), (2, 4, 6, 8)
 
@@ -55,34 +52,11 @@ def measure_speed(model: LoadedModel, prompts: list[tuple[int, ...]], args: argp
     return rows, left_out
 
 
-@torch.inference_mode()
-def measure_draft_cost(model: LoadedModel, prompt: tuple[int, ...], *, num_repeats: int = 200) -> dict[str, float]:
+def measure_draft_cost(model: LoadedModel, prompt: tuple[int, ...]) -> dict[str, float]:
     """Seconds of a plain step and of drafting one more token, interleaved; the second in terms of the first."""
-    plain, target = llm_for(model, "plain"), model.target
     drafter = build_drafter(model, KangarooSettings(gamma=7, eta=0.0))
-    params = SamplingParams(2 * num_repeats + 1, ignore_eos=True)
-    plain.engine.submit(Request(prompt, params))
-    plain.engine.step()
-    sequence = Sequence(Request(prompt, params), slot=0)
-    batch = Batch(target, target.new_cache(1, len(prompt) + 16), [sequence])
-    drafter.begin([sequence], num_slots=len(prompt) + 16)
-    for token in prefill(batch, drafter, num_rows=[len(prompt)]).tokens[0]:
-        sequence.append(token, "bonus")
-    nothing = Outcome(((),), ((),), ({layer: torch.empty(0, target.config.hidden_size) for layer in drafter.taps},))
-    times: dict[str, list[float]] = {"plain": [], "one": [], "seven": []}
-    for _ in range(num_repeats):
-        for name, sequence.max_draft in (("one", 1), ("seven", 7)):
-            # Each draft follows a pass over the whole model, as in decoding, which leaves little of it in the cache.
-            started_s = time.perf_counter()
-            plain.engine.step()
-            times["plain"].append(time.perf_counter() - started_s)
-            started_s = time.perf_counter()
-            drafter.draft(batch)
-            times[name].append(time.perf_counter() - started_s)
-            drafter.accept([sequence], nothing)
-    medians = {name: statistics.median(all_s) for name, all_s in times.items()}
-    draft_s = (medians["seven"] - medians["one"]) / 6
-    return {"plain_step_s": medians["plain"], "draft_step_s": draft_s, "share": draft_s / medians["plain"]}
+    costs = measure_costs(model.target, drafter, prompts=[prompt], depths=(1, 7), num_rounds=20)
+    return {"plain_step_s": costs.plain_s, "draft_step_s": costs.token_s, "share": costs.token_s / costs.plain_s}
 
 
 def sweep(model: LoadedModel, prompts: list[tuple[int, ...]], *, max_new_tokens: int,

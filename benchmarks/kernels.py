@@ -14,6 +14,7 @@ from pathlib import Path
 
 import torch
 
+from kangaroo.bench.limits import BYTES, num_weights
 from kangaroo.bench.record import markdown_table, stamp, stamp_text, write_result
 from kangaroo.drafters.plain import PlainDrafter
 from kangaroo.engine.engine import Engine
@@ -26,7 +27,6 @@ from kangaroo.model.transformer import Layer
 from kangaroo.model.weights import STORAGES
 from kangaroo.types import Request, SamplingParams
 
-BYTES = {"float32": 4, "bfloat16": 2, "float16": 2, "int8": 1}
 NUM_CACHED, ROW_COUNTS, LARGE_ROW_COUNTS = 256, range(1, 9), (64, 256)
 BANDWIDTH_BYTES = 256 << 20
 PEAK_STEPS = 400_000
@@ -58,12 +58,6 @@ def random_model(storage: str) -> PackedTransformer:
     embedding = noise(config.vocab_size, config.hidden_size)
     norm = torch.ones(config.hidden_size)
     return PackedTransformer(config, layers(), embedding=embedding, final_norm=norm, head=embedding, storage=storage)
-
-
-def num_weights(target: PackedTransformer) -> int:
-    """Numbers in the matrices that every pass reads: all layers and the head."""
-    layers = sum(tensor.numel() for layer in target.layers for tensor in layer.tensors().values() if tensor.ndim == 2)
-    return layers + target.head.numel()
 
 
 def time_pass(target: PackedTransformer, cache: object, tokens: torch.Tensor, *, num_cached: int) -> float:

@@ -10,18 +10,16 @@ import argparse
 import sys
 from itertools import accumulate
 from pathlib import Path
-from statistics import median
 
 from kangaroo.bench.prompts import read_prompts
 from kangaroo.bench.record import markdown_table, stamp, stamp_text, write_result
+from kangaroo.bench.texts import Text, decode_texts, race
 from kangaroo.drafters.adapter import fingerprint
-from kangaroo.drafters.plain import PlainDrafter
 from kangaroo.llm import build_drafter
 from kangaroo.model.checkpoint import LoadedModel, load_model
 from kangaroo.model.skips import write_skip_layers
-from kangaroo.search.forced import Text, decode_texts
 from kangaroo.search.layers import Trial, digest, find_pareto_front, finished_trials, pick_best, run_search
-from kangaroo.search.objectives import decode, validate
+from kangaroo.search.objectives import validate
 from kangaroo.search.plan import SearchPlan
 from kangaroo.search.report import make_report, plot
 from kangaroo.search.study import STUDY_FILE, open_study, prepare_objective, prepare_texts
@@ -70,14 +68,10 @@ def describe(trial: Trial) -> list[object]:
 
 
 def run_kangaroo(model: LoadedModel, texts: list[Text], *, num_rounds: int) -> dict[str, float]:
-    """The bundled adapter on the same texts, each run with a plain one beside it."""
-    ratios, runs = [], []
-    for _ in range(num_rounds):
-        plain = decode(model.target, PlainDrafter(), texts=texts)
-        runs.append(decode(model.target, build_drafter(model, "kangaroo"), texts=texts))
-        ratios.append(runs[-1].tokens_per_s / plain.tokens_per_s)
-    return {"speedup": median(ratios), "tokens_per_step": runs[-1].tokens_per_step,
-            "acceptance_rate": runs[-1].acceptance_rate}  # fmt: skip
+    """The bundled adapter on the same texts, in turn with plain decoding."""
+    drafters = [build_drafter(model, "kangaroo")]
+    _, (run, speedup) = race(model.target, drafters, texts=texts, num_rounds=num_rounds)
+    return {"speedup": speedup, "tokens_per_step": run.tokens_per_step, "acceptance_rate": run.acceptance_rate}
 
 
 def main() -> None:

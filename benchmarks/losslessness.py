@@ -14,12 +14,13 @@ from pathlib import Path
 
 import torch
 
-from kangaroo.bench.agreement import count_forced_steps, repeated_share
+from kangaroo.bench.agreement import count_steps, judge_adapter, repeated_share
 from kangaroo.bench.check import Checker
 from kangaroo.bench.divergence import shared_length
 from kangaroo.bench.losslessness import Problem, list_differing, summarize
 from kangaroo.bench.prompts import Prompt, read_prompts
 from kangaroo.bench.record import markdown_table, stamp, stamp_text, write_result
+from kangaroo.bench.texts import Text
 from kangaroo.drafters.adapter import Adapter
 from kangaroo.drafters.settings import KangarooSettings
 from kangaroo.kernels import REFERENCE
@@ -47,8 +48,9 @@ def measure(model: LoadedModel, prompts: list[Prompt], *, settings: KangarooSett
         text = model.tokenizer.encode(prompt.text + prompt.fields["canonical_solution"])
         # A token may span the end of the prompt.
         num_prompt = shared_length(model.tokenizer.encode(prompt.text), text)
-        forced = count_forced_steps(model.target, adapter, token_ids=text, num_prompt=num_prompt, gamma=6)
-        measured.append(Problem(result, repeated_share(result.plain.token_ids), *forced))
+        judged = judge_adapter(model.target, adapter, text=Text(tuple(text), num_prompt))
+        forced = count_steps([judged], gamma=6, eta=0.0)
+        measured.append(Problem(result, repeated_share(result.plain.token_ids), forced.num_tokens, forced.num_steps))
     return measured
 
 

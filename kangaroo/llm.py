@@ -14,7 +14,7 @@ from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, T
 from kangaroo.drafters.auto import AutoDrafter
 from kangaroo.drafters.base import Drafter
 from kangaroo.drafters.gate import GatedDrafter
-from kangaroo.drafters.settings import AutoSettings, GateSettings, Settings, find_settings
+from kangaroo.drafters.settings import AutoSettings, GateSettings, KangarooSettings, Settings, find_settings
 from kangaroo.engine.decoding import Decoding
 from kangaroo.engine.engine import Engine
 from kangaroo.engine.pace import Pace
@@ -23,6 +23,7 @@ from kangaroo.errors import SettingsError
 from kangaroo.model.checkpoint import LoadedModel, load_model
 from kangaroo.model.text import TextStream
 from kangaroo.sampling import derive_seed, draw_seed
+from kangaroo.tuning import apply_tuning
 from kangaroo.types import Completion, Request, SamplingParams, Token
 
 # The file beside a model that shows a drafter's companion is there.
@@ -65,11 +66,13 @@ class LLM:
     ) -> LLM:
         """Load a model and build its drafter, which drafts only where that is measured to pay.
 
-        model, dtype, weights and device are load_model's, drafter is build_drafter's.
+        model, dtype, weights and device are load_model's, drafter is build_drafter's. Kangaroo drafts as it was
+        tuned (kangaroo.tuning) for batches of the limits' size, or of 1 without limits, unless its settings say how.
         Raises a KangarooError for bad input.
         """
         loaded = load_model(model, dtype=dtype, weights=weights, device=device)
-        return cls(loaded, build_drafter(loaded, drafter), limits=limits, pace=Pace())
+        batch_size = 1 if limits is None else limits.max_batch_size
+        return cls(loaded, build_drafter(loaded, drafter, batch_size=batch_size), limits=limits, pace=Pace())
 
     @overload
     def generate(self, prompts: str | Sequence[int], params: SamplingParams | None = None) -> Completion: ...
@@ -221,20 +224,26 @@ def _raise_error(decoding: Decoding) -> None:
         raise decoding.error
 
 
-def build_drafter(model: LoadedModel, drafter: str | Settings | None) -> Drafter:
+def build_drafter(model: LoadedModel, drafter: str | Settings | None, *, batch_size: int = 1) -> Drafter:
     """The drafter of this name or these settings for a model; raises SettingsError for an unknown name.
 
-    None takes kangaroo where an adapter lies beside the model, else plain.
+    None takes kangaroo where an adapter lies beside the model, else plain. batch_size: what tuned settings are for.
     """
     if drafter is None:
         drafter = "kangaroo" if "kangaroo" in find_companions(model.folder) else "plain"
     settings = find_settings(drafter)() if isinstance(drafter, str) else drafter
     if isinstance(settings, GateSettings):
-        return GatedDrafter(model.target, build_drafter(model, settings.drafter), threshold=settings.threshold)
+        inner = build_drafter(model, settings.drafter, batch_size=batch_size)
+        return GatedDrafter(model.target, inner, threshold=settings.threshold)
     if isinstance(settings, AutoSettings):
         names = _sources(model, settings)
-        free, others = ([build_drafter(model, one) for one in names if (one in FREE) is kind] for kind in (True, False))
+        free, others = (
+            [build_drafter(model, one, batch_size=batch_size) for one in names if (one in FREE) is kind]
+            for kind in (True, False)
+        )
         return AutoDrafter(free, others)
+    if isinstance(settings, KangarooSettings):
+        settings = apply_tuning(settings, model, batch_size=batch_size)
     built: Drafter = import_module(f"kangaroo.drafters.{settings.name}").build(model, settings)
     return built
 

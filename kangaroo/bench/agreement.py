@@ -1,11 +1,136 @@
-"""What a drafter brings on text it did not choose, and how far a text repeats itself."""
+"""How often a drafter guesses right on the target's own texts, from one teacher-forced pass, and the steps that makes.
 
-from collections.abc import Sequence
+Shapes: M guessed positions of a text, K guesses a position.
+"""
+
+from collections import Counter
+from collections.abc import Iterator, Sequence
+from typing import NamedTuple
+
+import torch
 
 from kangaroo.bench.divergence import run_full_pass
+from kangaroo.bench.texts import Text
 from kangaroo.drafters.adapter import Adapter
+from kangaroo.drafters.base import Prices
+from kangaroo.drafters.tree import Branching, Guesses, Tree
 from kangaroo.model.cache import CachedPass, Segment
 from kangaroo.model.transformer import Transformer
+
+# Rows of one product with the head, which holds as many rows of logits.
+HEAD_ROWS = 128
+
+
+class Judged(NamedTuple):
+    """For every position [M] of a text whether the guess was right, and its confidence.
+
+    ranks: which guess of several was right, K where none was; chances: the draft's probability of each [M, K].
+    """
+
+    agrees: list[bool]
+    confidences: list[float]
+    ranks: Sequence[int] = ()
+    chances: Sequence[Sequence[float]] = ()
+
+
+class Step(NamedTuple):
+    """A step of one sequence: tokens drafted, those of its deepest branch, and those accepted."""
+
+    num_drafted: int
+    num_levels: int
+    num_accepted: int
+
+
+class Counts(NamedTuple):
+    """What decoding would take: tokens behind the first, and for every length of draft the steps that had it."""
+
+    num_tokens: int
+    num_accepted: int
+    drafts: Counter[int]
+
+    @property
+    def num_steps(self) -> int:
+        return self.drafts.total()
+
+    @property
+    def num_drafted(self) -> int:
+        return sum(length * count for length, count in self.drafts.items())
+
+    @property
+    def tokens_per_step(self) -> float:
+        return self.num_tokens / self.num_steps
+
+
+@torch.inference_mode()
+def judge_adapter(target: Transformer, adapter: Adapter, *, text: Text, num_guesses: int = 1) -> Judged:
+    """What the adapter guesses at every position of a text, given the true tokens before it: all in one pass.
+
+    A guess is right that is the target's own choice there, so that the text need not be the target's.
+    """
+    if text.num_guessed <= 0:
+        return Judged([], [])
+    layer, num_prompt, head = adapter.config.exit_layer, text.num_prompt, adapter.head(target)
+    chosen, tapped = run_full_pass(target, text.token_ids[:-1], taps=(layer,))
+    cache = adapter.new_cache(target, num_sequences=1, num_slots=len(text.token_ids))
+    attention = CachedPass(cache, [Segment(0, 0, len(text.token_ids) - 1)])
+    # The state of a token guesses the next; the first new token is the prefill's.
+    states = adapter.run(tapped[layer], attention=attention)[num_prompt:]
+    ranks, chances = list[int](), list[list[float]]()
+    for rows, deep in zip(states.split(HEAD_ROWS), chosen[num_prompt:].split(HEAD_ROWS), strict=True):
+        top = torch.softmax(head.logits(rows, adapter.final_norm), dim=-1).topk(num_guesses)
+        right = (top.indices == target.argmax(deep)[:, None]).long()
+        ranks += torch.where(right.any(1), right.argmax(1), num_guesses).tolist()
+        chances += top.values.tolist()
+    return Judged([rank == 0 for rank in ranks], [one[0] for one in chances], ranks, chances)
+
+
+def follow_chains(judged: Judged, *, gamma: int, eta: float) -> Iterator[Step]:
+    """The steps of a text with chains of at most gamma tokens that stop behind one of confidence below eta.
+
+    A chain is right until its first miss, so that its length and what of it is accepted follow from the positions;
+    behind a miss the confidences are those of the true tokens: an approximation.
+    """
+    num_right = _run_lengths(judged.agrees)
+    num_sure = _run_lengths([confidence >= eta for confidence in judged.confidences])
+    position, end = 0, len(judged.agrees)
+    while position < end:
+        # The token of low confidence is drafted too; the bonus token needs room.
+        length = min(gamma, num_sure[position] + 1, end - 1 - position)
+        accepted = min(length, num_right[position])
+        yield Step(length, length, accepted)
+        position += accepted + 1
+
+
+def follow_trees(judged: Judged, branching: Branching, *, gamma: int, eta: float, price: float) -> Iterator[Step]:
+    """The same with trees: every node of a depth is taken to guess with the chances of the true one, if not its tokens.
+
+    price: the chance a node must promise (base.Prices.branch).
+    """
+    position, end = 0, len(judged.ranks)
+    while position < end:
+        max_depth = min(gamma, end - 1 - position)
+        tree, depth = Tree(-1), 0
+        # Guesses are named by their ranks.
+        while depth < max_depth and tree.frontier:
+            chances = judged.chances[position + depth][: branching.num_siblings]
+            guesses = [Guesses(range(len(chances)), chances, chances[0])] * len(tree.frontier)
+            depth += 1
+            tree.grow(guesses, branching, threshold=eta, prices=Prices(price), is_last=depth >= max_depth)
+        children = {pair: node for node, pair in enumerate(zip(tree.parents, tree.tokens, strict=True))}
+        node: int | None = 0
+        accepted = -1
+        while node is not None:
+            accepted += 1
+            node = children.get((node, judged.ranks[position + accepted])) if position + accepted < end else None
+        yield Step(len(tree.tokens) - 1, depth, accepted)
+        position += accepted + 1
+
+
+def count_steps(judged: Sequence[Judged], *, gamma: int, eta: float) -> Counts:
+    """What decoding the texts takes with chains; follow_chains says how."""
+    steps = [step for one in judged for step in follow_chains(one, gamma=gamma, eta=eta)]
+    num_tokens = sum(len(one.agrees) for one in judged)
+    return Counts(num_tokens, sum(step.num_accepted for step in steps), Counter(step.num_drafted for step in steps))
 
 
 def repeated_share(token_ids: Sequence[int], *, length: int = 8) -> float:
@@ -14,28 +139,9 @@ def repeated_share(token_ids: Sequence[int], *, length: int = 8) -> float:
     return 1 - len(set(grams)) / len(grams) if grams else 0.0
 
 
-def count_forced_steps(
-    target: Transformer, adapter: Adapter, *, token_ids: Sequence[int], num_prompt: int, gamma: int
-) -> tuple[int, int]:
-    """Tokens and steps of a chain draft, teacher-forced over the text behind its first num_prompt tokens.
-
-    The draft is right at a position where its top-1, given the true prefix, is the target's top-1; a step accepts
-    right positions up to gamma or the first miss, and adds the bonus token. The first token is the prefill's, as in
-    decoding, so that on the target's own greedy text this is the count that decoding with eta 0 reaches.
-    """
-    end = len(token_ids) - num_prompt - 1
-    if end <= 0:
-        return 0, 0
-    states, tapped = run_full_pass(target, token_ids, taps=(adapter.config.exit_layer,))
-    cache = adapter.new_cache(target, num_sequences=1, num_slots=len(token_ids))
-    attention = CachedPass(cache, [Segment(0, 0, len(token_ids))])
-    drafted = adapter.run(tapped[adapter.config.exit_layer], attention=attention)[num_prompt:]
-    guesses, _ = adapter.head(target).guess(drafted, adapter.final_norm)
-    agrees = (guesses == target.argmax(states[num_prompt:])).tolist()
-    # The state of token i predicts token i + 1; the root of the first step is the first token behind the prompt.
-    position = num_steps = 0
-    while position < end:
-        window = agrees[position : min(position + gamma, end - 1)]
-        position += 1 + (window.index(False) if False in window else len(window))
-        num_steps += 1
-    return end, num_steps
+def _run_lengths(flags: Sequence[bool]) -> list[int]:
+    """For every place how many flags in a row are up from there on."""
+    lengths = [0] * (len(flags) + 1)
+    for place in reversed(range(len(flags))):
+        lengths[place] = lengths[place + 1] + 1 if flags[place] else 0
+    return lengths[:-1]

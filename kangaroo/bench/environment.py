@@ -9,7 +9,7 @@ from pathlib import Path
 import torch
 
 from kangaroo import __version__
-from kangaroo.kernels import describe_backend
+from kangaroo.kernels import describe_backend, read_processor
 
 PACKAGES = ("torch", "transformers", "tokenizers", "safetensors")
 # The flags that decide which kernels a CPU can run, x86 and Arm.
@@ -21,7 +21,7 @@ INSTRUCTION_SETS = (
 
 def environment() -> dict[str, object]:
     """The facts by name: text, counts and lists of text; None for what is not installed or not known."""
-    cpu = _cpu_info()
+    cpu = read_processor()
     flags = set(cpu.get("flags", cpu.get("Features", "")).split())
     versions = {name: _version(name) for name in PACKAGES}
     return {
@@ -44,16 +44,6 @@ def _version(package: str) -> str | None:
         return version(package)
     except PackageNotFoundError:
         return None
-
-
-def _cpu_info() -> dict[str, str]:
-    """The first processor of /proc/cpuinfo by field; {} where there is no such file."""
-    try:
-        text = Path("/proc/cpuinfo").read_text(encoding="utf-8", errors="replace")
-    except OSError:
-        return {}
-    lines = (line.partition(":") for line in text.split("\n\n")[0].splitlines())
-    return {name.strip(): value.strip() for name, _, value in lines}
 
 
 def _commit(package: Path) -> str | None:

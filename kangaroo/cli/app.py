@@ -23,6 +23,7 @@ from kangaroo.cli.env import env_app
 from kangaroo.cli.generate import generate_app
 from kangaroo.cli.search import search_app
 from kangaroo.cli.train import train_app
+from kangaroo.cli.tune import tune_app
 from kangaroo.errors import KangarooError
 
 
@@ -39,7 +40,7 @@ class Verbs(TyperGroup):
 
 
 app = typer.Typer(cls=Verbs, no_args_is_help=True, add_completion=False)
-for verb in (demo_app, generate_app, check_app, env_app):
+for verb in (demo_app, generate_app, check_app, tune_app, env_app):
     app.add_typer(verb)
 app.add_typer(train_app, name="train", cls=Verbs)
 app.add_typer(datastore_app, name="datastore", cls=Verbs)

@@ -39,18 +39,26 @@ Drafter = Annotated[
 ]
 Gamma = Annotated[
     int | None,
-    _option("Most tokens drafted in depth per step.", _ANY, default="Kangaroo: the adapter's recommendation, else 6"),
+    _option(
+        "Most tokens drafted in depth per step.",
+        _ANY,
+        default="Kangaroo: as tuned, else as the adapter recommends, else 6",
+    ),
 ]
 Eta = Annotated[
     float | None,
     _option("Stop drafting behind a token of less confidence, in [0, 1]; 0 never stops early.", _ANY,
-            default="Kangaroo: the adapter's recommendation, else 0.6"),
+            default="Kangaroo: as tuned, else as the adapter recommends, else 0.6"),
 ]  # fmt: skip
 NumSiblings = Annotated[
     int | None,
-    _option("Guesses for the token behind one guess; above 1 drafts are trees.", _ANY, default="1, Medusa 3"),
+    _option(
+        "Guesses for the token behind one guess; above 1 drafts are trees.", _ANY, default="as tuned, else 1, Medusa 3"
+    ),
 ]
-MaxNodes = Annotated[int | None, _option("Most tokens a draft holds, its root included.", _ANY, default="64")]
+MaxNodes = Annotated[
+    int | None, _option("Most tokens a draft holds, its root included.", _ANY, default="as tuned, else 64")
+]
 Gate = Annotated[
     float | None,
     _option("Draft only where the target was at least this sure of its last choice, in [0, 1].", _ANY, default="0"),

@@ -14,10 +14,11 @@ env_app = typer.Typer()
 
 @env_app.command()
 def env(json_output: Annotated[bool, JsonOption] = False) -> None:
-    """Print versions, processor, devices and the kernel backend."""
+    """Print versions, processor, devices, the kernel backend, and how many adapters were tuned on this processor."""
     from kangaroo.bench.environment import environment
+    from kangaroo.tuning import count_tuned, tuning_file
 
-    facts = environment()
+    facts = environment() | {"tuning_file": str(tuning_file()), "tuned_adapters": count_tuned()}
     if json_output:
         print(json.dumps(facts))
         return

@@ -160,7 +160,8 @@ def generate(
     from kangaroo.engine.scheduler import Limits
     from kangaroo.llm import LLM
 
-    limits = Limits(max_batch_size=batch_size, max_context=max_context)
+    num_together = batch_size if prompts is not None else min(batch_size, given.get("n", 1))
+    limits = Limits(max_batch_size=num_together, max_context=max_context)
     llm = LLM.from_pretrained(model, settings, dtype=dtype, weights=weights, device=device, limits=limits)
     recommended = llm.model.sampling_defaults() if sampling_defaults == "checkpoint" else {}
     params = SamplingParams(**(recommended | given))

@@ -48,7 +48,8 @@ def build(model: LoadedModel, settings: KangarooSettings) -> KangarooDrafter:
     etas = (settings.eta, adapter.config.eta, DEFAULT_ETA)
     gamma = next(value for value in gammas if value is not None)
     stopping = choose_stopping(gamma, next(value for value in etas if value is not None))
-    branching = Branching(settings.num_siblings, settings.max_nodes)
+    num_siblings = 1 if settings.num_siblings is None else settings.num_siblings
+    branching = Branching(num_siblings, MAX_NODES if settings.max_nodes is None else settings.max_nodes)
     return KangarooDrafter(model.target, adapter, stopping=stopping, branching=branching)
 
 

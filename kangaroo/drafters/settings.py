@@ -23,8 +23,10 @@ class PlainSettings:
 
 @dataclass(frozen=True)
 class KangarooSettings:
-    """How Kangaroo drafts; None takes what the adapter recommends, else the paper's gamma 6 and eta 0.6.
+    """How Kangaroo drafts.
 
+    Where gamma, eta, num_siblings and max_nodes are all None, they are what was tuned for the adapter on this machine
+    (kangaroo.tuning); else None takes what the adapter recommends, or gamma 6 and eta 0.6 as in the paper, 1 and 64.
     adapter: a folder, None for "adapter" beside the model. exit_layer: only a check against the adapter's.
     num_siblings: guesses for the token behind one node, 1 for chains; max_nodes: nodes of a draft, its root included.
     """
@@ -34,8 +36,8 @@ class KangarooSettings:
     exit_layer: int | None = None
     gamma: int | None = None
     eta: float | None = None
-    num_siblings: int = 1
-    max_nodes: int = 64
+    num_siblings: int | None = None
+    max_nodes: int | None = None
 
 
 @dataclass(frozen=True)

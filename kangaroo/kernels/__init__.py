@@ -6,6 +6,7 @@ native kernels' threads, PyTorch's own setting unless given.
 """
 
 import os
+from pathlib import Path
 
 from kangaroo.errors import SettingsError
 
@@ -46,6 +47,16 @@ def describe_backend(device: str) -> str:
     from kangaroo.kernels import cpu
 
     return f"native ({cpu.selected()}, {cpu.num_threads()} threads)"
+
+
+def read_processor() -> dict[str, str]:
+    """What /proc/cpuinfo says of the first processor, by field; {} where there is no such file."""
+    try:
+        text = Path("/proc/cpuinfo").read_text(encoding="utf-8", errors="replace")
+    except OSError:
+        return {}
+    lines = (line.partition(":") for line in text.split("\n\n")[0].splitlines())
+    return {name.strip(): value.strip() for name, _, value in lines}
 
 
 def _num_threads() -> int | None:

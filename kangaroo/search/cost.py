@@ -1,33 +1,25 @@
-"""What draft tokens and verification passes cost on this machine, for any set of skipped sublayers."""
+"""What draft tokens cost on this machine for any set of skipped sublayers, from a few that are measured."""
 
-import time
-from collections.abc import Callable, Sequence
+from collections.abc import Sequence
 from dataclasses import asdict, dataclass
 from itertools import accumulate
 
-import torch
-
-from kangaroo.drafters.base import Batch
-from kangaroo.drafters.base import Sequence as DecodedSequence
+from kangaroo.bench.agreement import Counts
+from kangaroo.cost import NUM_ROUNDS, StepCosts, measure_costs
 from kangaroo.drafters.layer_skip import LayerSkipDrafter
 from kangaroo.drafters.stopping import FixedLength
-from kangaroo.model.cache import CachedPass
 from kangaroo.model.skips import NO_SKIPS, SkippedSublayers
 from kangaroo.model.transformer import Transformer
-from kangaroo.search.forced import Counts
-from kangaroo.types import Request, SamplingParams
 
-# Rounds of measurement: fewer where a model is so slow that they would take too long, but never less than the least.
-NUM_ROUNDS, LEAST_ROUNDS, MAX_TIME_S = 100, 20, 20.0
 # Tokens of a draft that is long enough to tell what one more costs.
 FEW = 5
 
 
 @dataclass(frozen=True)
-class StepCosts:
-    """Times in seconds at one text length, batches of one: a drafted token is base_s and what of its sublayers runs.
+class SkipCosts:
+    """Times in seconds, batches of one: a drafted token is base_s and what of its sublayers runs.
 
-    draft_s is what a draft costs beside its tokens; verify_s[n]: the pass over a draft of n tokens and its root.
+    draft_s is what a draft costs beside its tokens; verify_s[n]: the rest of a step that drafted n tokens.
     """
 
     num_layers: int
@@ -56,63 +48,27 @@ class StepCosts:
         return asdict(self)
 
 
-def measure_costs(target: Transformer, token_ids: Sequence[int], *, gamma: int) -> StepCosts:
-    """Measure behind a text, for drafts of up to gamma tokens; the fastest of several interleaved rounds counts."""
-    cache = target.new_cache(1, len(token_ids) + max(gamma, FEW) + 1)
-    sequence = DecodedSequence(Request(tuple(token_ids), SamplingParams()), slot=0)
-    sequence.max_draft = FEW
-    batch = Batch(target, cache, [sequence])
-    entering = target.embed(torch.tensor(token_ids[:-1], device=target.device))
-    segment = batch.segment(0, num_rows=len(token_ids) - 1)
-    target.forward(entering, (0, target.num_layers), attention=CachedPass(cache, [segment]))
-    cache.truncate(0, segment.stop)
+def measure_skip_costs(target: Transformer, prompts: Sequence[Sequence[int]], *, gamma: int,
+                       num_rounds: int = NUM_ROUNDS) -> SkipCosts:  # fmt: skip
+    """Measure while the prompts are continued, for drafts of up to gamma tokens."""
 
-    def draft(skips: SkippedSublayers, length: int) -> Callable[[], object]:
-        drafter = LayerSkipDrafter(target, skips, stopping=FixedLength(length))
-        return lambda: drafter.draft(batch)
-
-    def verify(num_rows: int) -> Callable[[], object]:
-        rows = torch.tensor([token_ids[-1]] * num_rows, device=target.device)
-
-        def run() -> object:
-            attention = CachedPass(cache, [batch.segment(0, num_rows=num_rows)])
-            hidden, _ = target.forward(target.embed(rows), (0, target.num_layers), attention=attention)
-            return target.argmax(hidden).tolist()
-
-        return run
+    def measure(skips: SkippedSublayers, depths: Sequence[int]) -> StepCosts:
+        drafter = LayerSkipDrafter(target, skips, stopping=FixedLength(max(depths)))
+        return measure_costs(target, drafter, prompts=prompts, depths=depths, num_rounds=num_rounds)
 
     every = frozenset(range(target.num_layers))
-    one_mlp, no_attention = SkippedSublayers(every, every - {0}), SkippedSublayers(attention=every)
-    # Short calls throughout: on a busy machine a long one is never left alone.
-    drafts = draft(one_mlp, 1), draft(one_mlp, FEW), draft(no_attention, 1), draft(NO_SKIPS, 1)
-    calls = [*drafts, *map(verify, range(1, gamma + 2))]
-    least_s, few_s, no_attention_s, whole_s, *verify_s = _fastest(calls, before=verify(1))
-    one_mlp_s = (few_s - least_s) / (FEW - 1)
+    one_mlp = measure(SkippedSublayers(every, every - {0}), range(1, max(gamma, FEW) + 1))
+    no_attention_s = measure(SkippedSublayers(attention=every), (1,)).draft_s[1]
+    whole_s = measure(NO_SKIPS, (1,)).draft_s[1]
+    least_s, one_mlp_s = one_mlp.draft_s[1], one_mlp.token_s
     mlp_s = max(0.0, (no_attention_s - least_s) / max(1, target.num_layers - 1))
-    return StepCosts(
+    # No pass costs more than one over more rows: a time that was disturbed gives way.
+    verify_s = tuple(accumulate((one_mlp.verify_s[rows] for rows in range(gamma + 1, 0, -1)), min))[::-1]
+    return SkipCosts(
         num_layers=target.num_layers,
         draft_s=max(0.0, least_s - one_mlp_s),
         base_s=max(0.0, one_mlp_s - mlp_s),
         attention_s=max(0.0, (whole_s - no_attention_s) / target.num_layers),
         mlp_s=mlp_s,
-        # No pass costs more than one over more rows: a time that was disturbed in every round gives way.
-        verify_s=tuple(accumulate(reversed(verify_s), min))[::-1],
+        verify_s=tuple(one_mlp.engine_s + one_s for one_s in verify_s),
     )
-
-
-def _fastest(calls: Sequence[Callable[[], object]], *, before: Callable[[], object]) -> list[float]:
-    """The least time each call took, in seconds: what else the machine does only adds to it.
-
-    before: run ahead of each, so that none finds its weights in caches where decoding would not.
-    """
-    times_s = [float("inf")] * len(calls)
-    began_s = time.perf_counter()
-    for done in range(NUM_ROUNDS):
-        for index, call in enumerate(calls):
-            before()
-            started_s = time.perf_counter()
-            call()
-            times_s[index] = min(times_s[index], time.perf_counter() - started_s)
-        if done + 1 >= LEAST_ROUNDS and time.perf_counter() - began_s > MAX_TIME_S:
-            break
-    return times_s

@@ -3,74 +3,18 @@
 Shapes: M guessed positions of a text, R rows of a pass.
 """
 
-from collections import Counter
 from collections.abc import Sequence
-from dataclasses import dataclass
-from typing import NamedTuple
 
 import torch
 
-from kangaroo.drafters.plain import PlainDrafter
-from kangaroo.engine.engine import Engine
+from kangaroo.bench.agreement import HEAD_ROWS, Judged
+from kangaroo.bench.texts import Text
 from kangaroo.model.cache import CachedPass, Segment
 from kangaroo.model.skips import SkippedSublayers
 from kangaroo.model.transformer import Transformer
-from kangaroo.types import Request, SamplingParams
 
-# Rows of one pass, and of one product with the head, which holds as many rows of logits.
-PASS_ROWS, HEAD_ROWS = 512, 128
-
-
-@dataclass(frozen=True)
-class Text:
-    """A prompt with the target's greedy continuation."""
-
-    token_ids: tuple[int, ...]
-    num_prompt: int
-
-    @property
-    def num_guessed(self) -> int:
-        """Tokens that a draft may guess: the first new one is the prefill's."""
-        return len(self.token_ids) - self.num_prompt - 1
-
-
-class Judged(NamedTuple):
-    """For every position [M] of a text whether the guess was right, and its confidence."""
-
-    agrees: list[bool]
-    confidences: list[float]
-
-
-class Counts(NamedTuple):
-    """What decoding would take: tokens behind the first, and for every length of draft the steps that had it."""
-
-    num_tokens: int
-    num_accepted: int
-    drafts: Counter[int]
-
-    @property
-    def num_steps(self) -> int:
-        return self.drafts.total()
-
-    @property
-    def num_drafted(self) -> int:
-        return sum(length * count for length, count in self.drafts.items())
-
-    @property
-    def tokens_per_step(self) -> float:
-        return self.num_tokens / self.num_steps
-
-
-def decode_texts(target: Transformer, prompts: Sequence[Sequence[int]], *, eos_ids: frozenset[int],
-                 max_new_tokens: int) -> list[Text]:  # fmt: skip
-    """The prompts with the target's greedy continuations, decoded plainly; those too short to guess at are left out."""
-    engine, params = Engine(target, PlainDrafter()), SamplingParams(max_new_tokens)
-    texts = []
-    for prompt in prompts:
-        decoding = engine.submit(Request(tuple(prompt), params, eos_ids))
-        engine.run(decoding)
-        texts.append(Text((*prompt, *decoding.new_tokens), len(prompt)))
-    return [text for text in texts if text.num_guessed > 0]
+# Rows of one pass.
+PASS_ROWS = 512
 
 
 class ForcedTexts:
@@ -141,33 +85,3 @@ def _group(sizes: Sequence[int]) -> list[list[int]]:
         groups[-1].append(index)
         room -= size
     return groups
-
-
-def count_steps(judged: Sequence[Judged], *, gamma: int, eta: float) -> Counts:
-    """What decoding takes with chains of at most gamma tokens that stop behind one of confidence below eta.
-
-    A chain is right until its first miss, so that its length and what of it is accepted follow from the positions.
-    """
-    drafts: Counter[int] = Counter()
-    num_tokens = num_accepted = 0
-    for agrees, confidences in judged:
-        num_right = _run_lengths(agrees)
-        num_sure = _run_lengths([confidence >= eta for confidence in confidences])
-        position, end = 0, len(agrees)
-        while position < end:
-            # The token of low confidence is drafted too; the bonus token needs room.
-            length = min(gamma, num_sure[position] + 1, end - 1 - position)
-            accepted = min(length, num_right[position])
-            drafts[length] += 1
-            num_accepted += accepted
-            position += accepted + 1
-        num_tokens += end
-    return Counts(num_tokens, num_accepted, drafts)
-
-
-def _run_lengths(flags: Sequence[bool]) -> list[int]:
-    """For every place how many flags in a row are up from there on."""
-    lengths = [0] * (len(flags) + 1)
-    for place in reversed(range(len(flags))):
-        lengths[place] = lengths[place + 1] + 1 if flags[place] else 0
-    return lengths[:-1]

@@ -2,19 +2,16 @@
 
 from collections.abc import Sequence
 from dataclasses import asdict, dataclass
-from statistics import median
 from typing import Protocol
 
-from kangaroo.drafters.base import Drafter
+from kangaroo.bench.agreement import Counts, count_steps
+from kangaroo.bench.texts import Decoder, Text, add_runs, race
 from kangaroo.drafters.layer_skip import LayerSkipDrafter
-from kangaroo.drafters.plain import PlainDrafter
 from kangaroo.drafters.stopping import AdaptiveThreshold, ConfidenceThreshold
-from kangaroo.engine.engine import Engine
 from kangaroo.model.skips import SkippedSublayers
 from kangaroo.model.transformer import Transformer
-from kangaroo.search.cost import StepCosts
-from kangaroo.search.forced import Counts, ForcedTexts, Text, count_steps
-from kangaroo.types import Request, SamplingParams
+from kangaroo.search.cost import SkipCosts
+from kangaroo.search.forced import ForcedTexts
 
 ETAS = (0.0, 0.1, 0.2, 0.3, 0.4, 0.5, 0.6, 0.7, 0.8, 0.9)
 
@@ -46,7 +43,7 @@ class Objective(Protocol):
 class ExpectedSpeedup:
     """Speedup over plain decoding by counted steps and measured costs, with the gamma and eta that serve it best."""
 
-    def __init__(self, texts: ForcedTexts, costs: StepCosts) -> None:
+    def __init__(self, texts: ForcedTexts, costs: SkipCosts) -> None:
         self._texts = texts
         self._costs = costs
 
@@ -76,53 +73,14 @@ class TokensPerSecond:
     def score(self, skips: SkippedSublayers) -> Score:
         """One run over all texts."""
         drafter = LayerSkipDrafter(self._target, skips, stopping=AdaptiveThreshold(self._gamma))
-        run = decode(self._target, drafter, texts=self._texts)
+        decoder = Decoder(self._target, drafter)
+        run = add_runs([decoder.run([text]) for text in self._texts])
         return Score(run.tokens_per_s, run.acceptance_rate, run.tokens_per_step, self._gamma, None)
 
 
 @dataclass(frozen=True)
-class Run:
-    """What decoding all texts took; tokens behind the first of each."""
-
-    num_tokens: int
-    num_steps: int
-    num_drafted: int
-    num_accepted: int
-    decode_time_s: float
-
-    @property
-    def tokens_per_s(self) -> float:
-        return self.num_tokens / self.decode_time_s
-
-    @property
-    def tokens_per_step(self) -> float:
-        return self.num_tokens / self.num_steps
-
-    @property
-    def acceptance_rate(self) -> float:
-        return self.num_accepted / self.num_drafted if self.num_drafted else 0.0
-
-
-def decode(target: Transformer, drafter: Drafter, *, texts: Sequence[Text]) -> Run:
-    """Decode the texts again, to their lengths."""
-    engine, done = Engine(target, drafter), []
-    for text in texts:
-        params = SamplingParams(len(text.token_ids) - text.num_prompt, ignore_eos=True)
-        decoding = engine.submit(Request(text.token_ids[: text.num_prompt], params))
-        engine.run(decoding)
-        done.append(decoding)
-    return Run(
-        num_tokens=sum(len(one.new_tokens) - 1 for one in done),
-        num_steps=sum(one.num_steps for one in done),
-        num_drafted=sum(one.num_drafted for one in done),
-        num_accepted=sum(one.num_accepted for one in done),
-        decode_time_s=sum(one.decode_time_s for one in done),
-    )
-
-
-@dataclass(frozen=True)
 class Validated:
-    """A candidate as it ran: its speedup is the median over rounds, each with a plain run beside it."""
+    """A candidate as it ran: its speedup is the median over rounds, in which plain decoding took its turns."""
 
     skips: SkippedSublayers
     score: Score
@@ -133,20 +91,14 @@ class Validated:
 
 def validate(target: Transformer, candidates: Sequence[tuple[SkippedSublayers, Score]], *, texts: Sequence[Text],
              num_rounds: int = 3) -> list[Validated]:  # fmt: skip
-    """Run candidates with the drafts they were scored for, interleaved with plain decoding; the fastest first."""
-    ratios: list[list[float]] = [[] for _ in candidates]
-    runs: list[Run] = []
-    for _ in range(num_rounds):
-        plain = decode(target, PlainDrafter(), texts=texts)
-        runs = []
-        for index, (skips, score) in enumerate(candidates):
-            stopping = (
-                AdaptiveThreshold(score.gamma) if score.eta is None else ConfidenceThreshold(score.gamma, score.eta)
-            )
-            runs.append(decode(target, LayerSkipDrafter(target, skips, stopping=stopping), texts=texts))
-            ratios[index].append(runs[-1].tokens_per_s / plain.tokens_per_s)
+    """Run candidates with the drafts they were scored for, in turn with plain decoding; the fastest first."""
+    drafters = []
+    for skips, score in candidates:
+        stopping = AdaptiveThreshold(score.gamma) if score.eta is None else ConfidenceThreshold(score.gamma, score.eta)
+        drafters.append(LayerSkipDrafter(target, skips, stopping=stopping))
+    _, *raced = race(target, drafters, texts=texts, num_rounds=num_rounds)
     found = [
-        Validated(*candidate, median(ratio), run.tokens_per_step, run.acceptance_rate)
-        for candidate, ratio, run in zip(candidates, ratios, runs, strict=True)
+        Validated(*candidate, speedup, run.tokens_per_step, run.acceptance_rate)
+        for candidate, (run, speedup) in zip(candidates, raced, strict=True)
     ]
     return sorted(found, key=lambda one: one.speedup, reverse=True)

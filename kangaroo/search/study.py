@@ -7,10 +7,11 @@ from dataclasses import asdict
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
+from kangaroo.bench.texts import Text, decode_texts
 from kangaroo.errors import OutputError, ResumeError, SettingsError
 from kangaroo.model.checkpoint import LoadedModel
-from kangaroo.search.cost import StepCosts, measure_costs
-from kangaroo.search.forced import ForcedTexts, Text, decode_texts
+from kangaroo.search.cost import SkipCosts, measure_skip_costs
+from kangaroo.search.forced import ForcedTexts
 from kangaroo.search.objectives import ExpectedSpeedup, Objective, TokensPerSecond
 from kangaroo.search.plan import SamplerName, SearchPlan
 from kangaroo.search.report import RESULTS
@@ -61,8 +62,6 @@ def prepare_texts(study: optuna.Study, model: LoadedModel, *, prompts: Sequence[
     if kept is not None:
         return [Text(tuple(token_ids), num_prompt) for token_ids, num_prompt in kept]
     texts = decode_texts(model.target, prompts, eos_ids=model.eos_ids, max_new_tokens=max_new_tokens)
-    if not texts:
-        raise SettingsError("the model ends every text at once, so that there is nothing to draft; give other prompts")
     study.set_user_attr("texts", [[text.token_ids, text.num_prompt] for text in texts])
     return texts
 
@@ -72,11 +71,11 @@ def prepare_objective(study: optuna.Study, model: LoadedModel, *, texts: Sequenc
     if plan.objective == "tokens_per_second":
         return TokensPerSecond(model.target, texts, gamma=plan.gamma)
     if "costs" not in study.user_attrs:
-        middle = sorted(texts, key=lambda text: len(text.token_ids))[len(texts) // 2]
-        costs = measure_costs(model.target, middle.token_ids, gamma=plan.gamma)
+        prompts = [text.token_ids[: text.num_prompt] for text in texts]
+        costs = measure_skip_costs(model.target, prompts, gamma=plan.gamma)
         study.set_user_attr("costs", costs.to_dict())
     forced = ForcedTexts(model.target, texts, num_drafted=plan.gamma)
-    return ExpectedSpeedup(forced, StepCosts(**study.user_attrs["costs"]))
+    return ExpectedSpeedup(forced, SkipCosts(**study.user_attrs["costs"]))
 
 
 def _load(library: Any, path: Path) -> optuna.Study:

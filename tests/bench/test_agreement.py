@@ -1,9 +1,9 @@
 """Teacher-forced counts agree with real decoding on the target's own text."""
 
 import pytest
-import torch
 
-from kangaroo.bench.agreement import count_forced_steps, repeated_share
+from kangaroo.bench.agreement import count_steps, judge_adapter, repeated_share
+from kangaroo.bench.texts import Text
 from kangaroo.drafters.adapter import Kind
 from kangaroo.drafters.kangaroo import KangarooDrafter
 from kangaroo.drafters.stopping import FixedLength
@@ -26,9 +26,10 @@ def test_forced_steps_on_greedy_text_are_the_steps_of_decoding(kind: Kind, gamma
     decoding = engine.submit(Request((5, 6, 7), SamplingParams(max_new_tokens=num_new_tokens)))
     engine.run(decoding)
     text = [5, 6, 7, *decoding.new_tokens]
-    with torch.inference_mode():
-        counted = count_forced_steps(target, adapter, token_ids=text, num_prompt=3, gamma=gamma)
-    assert counted == (num_new_tokens - 1, decoding.num_steps)
+    judged = judge_adapter(target, adapter, text=Text(tuple(text), 3))
+    counts = count_steps([judged], gamma=gamma, eta=0.0)
+    assert (counts.num_tokens, counts.num_steps) == (num_new_tokens - 1, decoding.num_steps)
+    assert (counts.num_drafted, counts.num_accepted) == (decoding.num_drafted, decoding.num_accepted)
     if num_new_tokens == 40:
         assert 0 < decoding.num_accepted < decoding.num_drafted
 

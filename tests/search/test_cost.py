@@ -4,13 +4,13 @@ from collections import Counter
 
 import pytest
 
+from kangaroo.bench.agreement import Counts
 from kangaroo.model import packed
 from kangaroo.model.skips import NO_SKIPS, SkippedSublayers
-from kangaroo.search.cost import StepCosts, measure_costs
-from kangaroo.search.forced import Counts
+from kangaroo.search.cost import SkipCosts, measure_skip_costs
 from tests.tiny import tame_transformer
 
-COSTS = StepCosts(num_layers=4, draft_s=0.5, base_s=1.0, attention_s=2.0, mlp_s=3.0, verify_s=(30.0, 31.0, 33.0))
+COSTS = SkipCosts(num_layers=4, draft_s=0.5, base_s=1.0, attention_s=2.0, mlp_s=3.0, verify_s=(30.0, 31.0, 33.0))
 
 
 def test_a_drafted_token_costs_what_of_its_sublayers_runs() -> None:
@@ -28,12 +28,12 @@ def test_speedup_is_plain_time_over_that_of_the_counted_steps() -> None:
 
 
 @pytest.mark.parametrize("gamma", [1, 7])
-def test_measured_costs_are_times_for_every_length_of_draft(gamma: int, monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr("kangaroo.search.cost.NUM_ROUNDS", 3)
-    costs = measure_costs(packed.pack(tame_transformer("llama", 1)), tuple(range(30)), gamma=gamma)
+def test_measured_costs_are_times_for_every_length_of_draft(gamma: int) -> None:
+    target = packed.pack(tame_transformer("llama", 1))
+    costs = measure_skip_costs(target, [tuple(range(30))], gamma=gamma, num_rounds=3)
     assert costs.num_layers == 4
     assert len(costs.verify_s) == gamma + 1
     assert min(costs.verify_s) > 0
     assert list(costs.verify_s) == sorted(costs.verify_s)
     assert costs.draft_s + costs.base_s + costs.mlp_s > 0
-    assert StepCosts(**costs.to_dict()) == costs  # type: ignore[arg-type]
+    assert SkipCosts(**costs.to_dict()) == costs  # type: ignore[arg-type]

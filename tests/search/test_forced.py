@@ -7,15 +7,17 @@ import torch
 from hypothesis import given
 from hypothesis import strategies as st
 
+from kangaroo.bench.agreement import Judged, count_steps
+from kangaroo.bench.texts import Decoder, Text, add_runs, decode_texts
 from kangaroo.drafters.layer_skip import LayerSkipDrafter
 from kangaroo.drafters.stopping import ConfidenceThreshold
+from kangaroo.errors import SettingsError
 from kangaroo.kernels import REFERENCE
 from kangaroo.model import packed
 from kangaroo.model.cache import CachedPass, Segment
 from kangaroo.model.skips import NO_SKIPS, SkippedSublayers
 from kangaroo.model.transformer import Transformer
-from kangaroo.search.forced import ForcedTexts, Judged, Text, count_steps, decode_texts
-from kangaroo.search.objectives import decode
+from kangaroo.search.forced import ForcedTexts
 from tests.tiny import tame_transformer
 
 PROMPTS = [(9, 77, 210, 31, 5, 66), (3, 140), tuple(range(40, 57))]
@@ -73,7 +75,9 @@ def test_texts_that_end_at_once_are_left_out() -> None:
     target = make_target("llama", "native")
     (text, *_) = decode_texts(target, PROMPTS[:1], eos_ids=frozenset(), max_new_tokens=4)
     first = text.token_ids[text.num_prompt]
-    assert decode_texts(target, PROMPTS[:1], eos_ids=frozenset({first}), max_new_tokens=4) == []
+    assert decode_texts(target, PROMPTS[:2], eos_ids=frozenset({first}), max_new_tokens=4)[0].num_prompt == 2
+    with pytest.raises(SettingsError, match="ends every text at once"):
+        decode_texts(target, PROMPTS[:1], eos_ids=frozenset({first}), max_new_tokens=4)
 
 
 @pytest.mark.parametrize(("gamma", "eta"), [(1, 0.0), (4, 0.0), (4, 0.3), (3, 0.9)])
@@ -81,7 +85,8 @@ def test_steps_counted_for_a_draft_that_is_always_right_are_those_of_decoding(ga
     target = make_target("llama", "native")
     texts = decode_texts(target, PROMPTS, eos_ids=frozenset(), max_new_tokens=20)
     counts = count_steps(ForcedTexts(target, texts, num_drafted=4).judge(NO_SKIPS), gamma=gamma, eta=eta)
-    run = decode(target, LayerSkipDrafter(target, NO_SKIPS, stopping=ConfidenceThreshold(gamma, eta)), texts=texts)
+    decoder = Decoder(target, LayerSkipDrafter(target, NO_SKIPS, stopping=ConfidenceThreshold(gamma, eta)))
+    run = add_runs([decoder.run([text]) for text in texts])
     assert counts.num_tokens == run.num_tokens == 3 * 19
     assert (counts.num_steps, counts.num_drafted) == (run.num_steps, run.num_drafted)
     assert counts.num_accepted == run.num_accepted == run.num_drafted

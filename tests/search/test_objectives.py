@@ -2,12 +2,14 @@
 
 import pytest
 
+from kangaroo.bench.agreement import count_steps
+from kangaroo.bench.texts import Text, decode_texts
 from kangaroo.kernels import cpu
 from kangaroo.model import packed
 from kangaroo.model.skips import NO_SKIPS, SkippedSublayers
 from kangaroo.model.transformer import Transformer
-from kangaroo.search.cost import StepCosts
-from kangaroo.search.forced import ForcedTexts, Text, count_steps, decode_texts
+from kangaroo.search.cost import SkipCosts
+from kangaroo.search.forced import ForcedTexts
 from kangaroo.search.objectives import ETAS, ExpectedSpeedup, Score, TokensPerSecond, validate
 from tests.tiny import tame_transformer
 
@@ -26,7 +28,7 @@ def texts(target: Transformer) -> list[Text]:
 
 
 def test_expected_speedup_takes_the_drafts_that_serve_a_candidate_best(target: Transformer, texts: list[Text]) -> None:
-    costs, forced = StepCosts(4, 0.1, 0.1, 1.0, 1.0, (9.0, 9.1, 9.2, 9.3)), ForcedTexts(target, texts, num_drafted=3)
+    costs, forced = SkipCosts(4, 0.1, 0.1, 1.0, 1.0, (9.0, 9.1, 9.2, 9.3)), ForcedTexts(target, texts, num_drafted=3)
     score = ExpectedSpeedup(forced, costs).score(SKIPS)
     judged = forced.judge(SKIPS)
     every = [costs.speedup(count_steps(judged, gamma=gamma, eta=eta), SKIPS) for gamma in (1, 2, 3) for eta in ETAS]
@@ -40,7 +42,7 @@ def test_expected_speedup_takes_the_drafts_that_serve_a_candidate_best(target: T
 
 
 def test_expected_speedup_is_the_same_each_time(target: Transformer, texts: list[Text]) -> None:
-    objective = ExpectedSpeedup(ForcedTexts(target, texts, num_drafted=2), StepCosts(4, 0, 1, 1, 1, (9.0, 9.0, 9.0)))
+    objective = ExpectedSpeedup(ForcedTexts(target, texts, num_drafted=2), SkipCosts(4, 0, 1, 1, 1, (9.0, 9.0, 9.0)))
     assert objective.score(SKIPS) == objective.score(SKIPS)
 
 
