@@ -14,6 +14,7 @@ from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, T
 from kangaroo.drafters.auto import AutoDrafter
 from kangaroo.drafters.base import Drafter
 from kangaroo.drafters.gate import GatedDrafter
+from kangaroo.drafters.plain import PlainDrafter
 from kangaroo.drafters.settings import AutoSettings, GateSettings, KangarooSettings, Settings, find_settings
 from kangaroo.engine.decoding import Decoding
 from kangaroo.engine.engine import Engine
@@ -47,8 +48,10 @@ class LLM:
     ) -> None:
         """limits: how many requests are decoded together, and how long their texts may be.
 
-        pace: bounds drafts by what they are measured to bring; without one the drafter's own rule alone does.
+        pace: bounds drafts by what they are measured to bring; without one the drafter's own rule alone does. Plain
+        decoding has nothing to bound.
         """
+        pace = None if isinstance(drafter, PlainDrafter) else pace
         self.model = model
         self.drafter = drafter
         self.engine = Engine(model.target, drafter, limits=limits, pace=pace)

@@ -21,7 +21,8 @@ class Sequence:
     """A text being decoded: its committed tokens, whose last is the root of the next draft.
 
     slot is its row in the target's cache, which holds every committed token but the last;
-    max_draft bounds the depth of guesses worth making: at most what may still be emitted, less the bonus token.
+    max_draft bounds the depth of guesses worth making: at most what may still be emitted, less the bonus token; while
+    its prompt is read, 0 where drafting is not likely to pay.
     prefix counts the tokens for the processors of the request. error: what went wrong with it alone, which ends it.
     """
 

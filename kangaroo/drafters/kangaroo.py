@@ -36,6 +36,8 @@ DEFAULT_GAMMA = 6
 DEFAULT_ETA = 0.6
 # Long prompts reach the adapter in blocks, so that its attention mask stays small.
 FEED_ROWS = 512
+# States that may wait for the next draft, which feeds them beside its own.
+FEW_ROWS = 16
 
 
 def build(model: LoadedModel, settings: KangarooSettings) -> KangarooDrafter:
@@ -156,15 +158,20 @@ class KangarooDrafter:
         return replace(draft, tokens=_join(levels, len(growths)), confidence=None) if is_blind else draft
 
     def accept(self, sequences: SequenceOf[Sequence], outcome: Outcome) -> None:
-        """Keep the adapter's rows of accepted nodes; the states of the others wait for the next draft."""
+        """Keep the adapter's rows of accepted nodes; the states of the others wait for the next draft.
+
+        Those of a prompt do not, unless it looks as if nothing will be drafted.
+        """
         for sequence, path, taps in zip(sequences, outcome.paths, outcome.taps, strict=True):
-            memory = self._memory[sequence]
-            if self._adapter.attends:
+            memory, states = self._memory[sequence], taps[self.exit_layer]
+            if memory.fed and self._adapter.attends:
                 kept = list(takewhile(memory.fed.__contains__, path))
                 self._cache.keep(sequence.slot, kept)
-                memory.pending.append(taps[self.exit_layer][len(kept) :])
-            if sum(map(len, memory.pending)) > FEED_ROWS:
-                memory.pending = [self._shorten(sequence)]
+                states = states[len(kept) :]
+            if self._adapter.attends:
+                memory.pending.append(states)
+                if sequence.max_draft > 0 and sum(map(len, memory.pending)) > FEW_ROWS:
+                    memory.pending = [self._shorten(sequence, 0)]
             if memory.num_drafted:
                 self._stopping.observe(memory.num_drafted, len(path) - 1)
             memory.fed, memory.num_drafted = set(), 0
@@ -189,7 +196,7 @@ class KangarooDrafter:
         """Feed the adapter the pending states and the root's; returns what leaves it for the roots, [B, D]."""
         segments, fresh = [], []
         for growth in growths:
-            rows = torch.cat([self._shorten(growth.sequence), growth.states[0]])
+            rows = torch.cat([self._shorten(growth.sequence, FEED_ROWS), growth.states[0]])
             segments.append(place_nodes(self._cache, growth.sequence.slot, num_rows=len(rows)))
             fresh.append(rows)
             self._memory[growth.sequence].pending, growth.fed = [], {0}
@@ -198,15 +205,15 @@ class KangarooDrafter:
             self._cache.truncate(segment.sequence, segment.stop - 1)
         return torch.cat([rows[-1:] for rows in hidden.split([len(rows) for rows in fresh])])
 
-    def _shorten(self, sequence: Sequence) -> Tensor:
-        """Feed the adapter pending states until at most a block is left; returns those."""
+    def _shorten(self, sequence: Sequence, num_left: int) -> Tensor:
+        """Feed the adapter pending states until at most so many are left; returns those."""
         memory, slot = self._memory[sequence], sequence.slot
         pending = memory.pending[0] if len(memory.pending) == 1 else torch.cat([self._nothing, *memory.pending])
-        while len(pending) > FEED_ROWS:
-            block = place_nodes(self._cache, slot, num_rows=FEED_ROWS)
-            self._adapter.run(pending[:FEED_ROWS], attention=CachedPass(self._cache, [block]))
+        while len(pending) > num_left:
+            rows, pending = pending[:FEED_ROWS], pending[FEED_ROWS:]
+            block = place_nodes(self._cache, slot, num_rows=len(rows))
+            self._adapter.run(rows, attention=CachedPass(self._cache, [block]))
             self._cache.truncate(slot, block.stop)
-            pending = pending[FEED_ROWS:]
         return pending
 
     def _feed(self, growths: SequenceOf[_Growth]) -> Tensor:
@@ -239,7 +246,7 @@ class KangarooDrafter:
     def _draft_in_one_call(self, batch: Batch, growths: SequenceOf[_Growth]) -> Draft:
         """The same trees, on packed weights, without returning to Python between levels."""
         assert self._adapter.packed is not None, "packed weights only"
-        pending = [self._shorten(one.sequence) if one.max_depth > 0 else self._nothing for one in growths]
+        pending = [self._shorten(one.sequence, FEED_ROWS) if one.max_depth > 0 else self._nothing for one in growths]
         starts = []
         for growth, states in zip(growths, pending, strict=True):
             slot = growth.sequence.slot

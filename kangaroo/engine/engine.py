@@ -7,7 +7,7 @@ from dataclasses import replace
 
 import torch
 
-from kangaroo.drafters.base import MAX_NODES, Batch, Drafter, Sequence
+from kangaroo.drafters.base import MAX_NODES, Batch, Drafter, Sequence, draft_roots
 from kangaroo.engine.decoding import Decoding, Text
 from kangaroo.engine.pace import Pace
 from kangaroo.engine.scheduler import Limits, Scheduler
@@ -125,6 +125,8 @@ class Engine:
         if not plan:
             return []
         batch = Batch(self.target, self._cache, [_sequence(one) for one, _ in plan])
+        for sequence in batch.sequences:
+            sequence.max_draft = MAX_NODES if self.pace is None or self.pace.is_drafting else 0
         outcome = prefill(batch, self.drafter, num_rows=[count for _, count in plan])
         for (decoding, count), tokens in zip(plan, outcome.tokens, strict=True):
             decoding.num_unread -= count
@@ -143,7 +145,8 @@ class Engine:
         batch = Batch(self.target, self._cache, sequences)
         if pace is not None:
             batch = replace(batch, prices=pace.prices)
-        draft = self.drafter.draft(batch)
+        # Where drafting does not pay the drafter is not even asked: it catches up when it is.
+        draft = self.drafter.draft(batch) if limit > 0 else draft_roots(batch)
         drafted_s = self._now_s()
         outcome = verify_draft(batch, self.drafter, draft=draft)
         draft_time_s, verify_time_s = drafted_s - started_s, self._now_s() - drafted_s

@@ -4,7 +4,7 @@ Verification is nearly free while a pass waits for weights to be read, and stops
 timed for every batch size and depth; what a depth brings follows from the drafts that nothing cut short.
 """
 
-from collections import deque
+from collections import defaultdict, deque
 from collections.abc import Sequence as SequenceOf
 from statistics import mean, median
 
@@ -17,6 +17,8 @@ MIN_GAIN = 1.03
 # were hard to guess may become easy.
 PROBE_EVERY = 64
 MIN_PATIENCE, MAX_PATIENCE = 8, 128
+# What catching up with a text takes, which may be long, may be this share of the time between tries.
+TRY_SHARE = 0.01
 # Steps between two choices: neither costs nor acceptance change faster.
 CHOOSE_EVERY = 8
 # Times a median is taken of, and how many of them the first comparison needs of either kind.
@@ -36,6 +38,8 @@ class _Load:
         # By the depth that drafts were bounded to, 0 for plain steps: the latest times, with when they were taken.
         self._times: dict[int, deque[tuple[int, float]]] = {}
         self._ratios: dict[int, deque[float]] = {}
+        # Rows of the latest drafts, and what verifying them took.
+        self._verified: deque[tuple[int, float]] = deque(maxlen=NUM_DRAFTS)
         self._num_steps = self._last_bound = 0
 
     @property
@@ -70,6 +74,27 @@ class _Load:
             ratios = self._ratios.setdefault(depth, deque(maxlen=NUM_RATIOS))
             ratios.append(median(drafted_s) / median(plain_s))
 
+    def add_rows(self, num_rows: int, verify_time_s: float) -> None:
+        """Count a verification."""
+        self._verified.append((num_rows, verify_time_s))
+
+    def price_node(self, num_sequences: int) -> Prices:
+        """The chance of being accepted at which one more row pays for its verification.
+
+        What a row costs is the slope of verification times over the rows beyond those of a plain step, by least
+        squares from there; a token is worth the time that plain decoding takes for one.
+        """
+        times: defaultdict[int, list[float]] = defaultdict(list)
+        for num_rows, time_s in self._verified:
+            times[num_rows - num_sequences].append(time_s)
+        weight = sum(len(taken) * more**2 for more, taken in times.items())
+        if len(self._verified) < NUM_NEEDED or not weight:
+            return DEFAULT_PRICES
+        plain_s = self.plain_s
+        row_s = sum(len(taken) * more * (median(taken) - plain_s) for more, taken in times.items()) / weight
+        price = min(1.0, max(0.0, row_s) * num_sequences / plain_s)
+        return Prices(branch=price, chain=price)
+
     def _recent_s(self, bound: int) -> list[float]:
         oldest = self._num_steps - PROBE_EVERY - RUN_LENGTH
         return [time_s for taken, time_s in self._times.get(bound, ()) if taken >= oldest]
@@ -85,7 +110,6 @@ class Pace:
         self.num_steps, self.num_drafting = 0, 0
         self.prices = DEFAULT_PRICES
         self._loads: dict[int, _Load] = {}
-        self._verify_s: dict[int, deque[float]] = {}
         # Tokens drafted and accepted where nothing but the drafter bounded the draft.
         self._drafts: deque[tuple[int, int]] = deque(maxlen=NUM_DRAFTS)
         # The same of drafts that the limit cut short, since it was set.
@@ -95,7 +119,12 @@ class Pace:
         self._limit = self._granted = self._last_probe = MAX_NODES
         self._patience = MIN_PATIENCE
         self._drafting: set[Sequence] = set()
-        self._is_steady = False
+        self._is_steady, self._try_s = False, 0.0
+
+    @property
+    def is_drafting(self) -> bool:
+        """Whether drafting wins as things stand; tries are no part of it."""
+        return self._limit > 0
 
     def limit(self, sequences: SequenceOf[Sequence]) -> int:
         """The depth to draft to in the coming step; 0 where plain decoding is faster."""
@@ -115,9 +144,11 @@ class Pace:
             self._loads.setdefault(num_sequences, _Load()).add(self._granted, draft_time_s + verify_time_s)
         if is_plain:
             return
+        if not self._is_steady:
+            self._try_s = draft_time_s + verify_time_s
         self.num_drafting += 1
         if self._is_steady:
-            self._verify_s.setdefault(num_rows, deque(maxlen=RUN_LENGTH)).append(verify_time_s)
+            self._loads[num_sequences].add_rows(num_rows, verify_time_s)
         for parents, path in zip(draft.parents, outcome.paths, strict=True):
             self._has_trees |= not is_chain(parents)
             drafts = self._drafts if self._granted == MAX_NODES else self._cut_drafts
@@ -126,15 +157,15 @@ class Pace:
     def _decide(self, num_sequences: int) -> int:
         if num_sequences != self._batch_size:
             self._batch_size, self._since_choice = num_sequences, CHOOSE_EVERY
-            self._verify_s.clear()
-        load = self._nearest_known(num_sequences)
-        if load is None:
+        size = self._nearest_known(num_sequences)
+        if size is None:
+            self.prices = DEFAULT_PRICES
             return 0 if self._loads.setdefault(num_sequences, _Load()).needs_plain() else MAX_NODES
         self._since_choice += 1
         if self._since_choice >= CHOOSE_EVERY:
-            self._since_choice = 0
+            self._since_choice, load = 0, self._loads[size]
             self._turn(self._choose(load))
-            self._set_prices(load)
+            self.prices = load.price_node(size)
         self._since_probe += 1
         if self._limit:
             self._patience = MIN_PATIENCE
@@ -149,7 +180,8 @@ class Pace:
         if self._since_probe > self._patience:
             # Of two drafts in a row the second is steady; a try that fails again waits twice as long.
             self._since_probe, self._since_choice = 0, CHOOSE_EVERY
-            self._patience = min(2 * self._patience, MAX_PATIENCE)
+            extra = self._try_s / self._loads[size].plain_s - (self._loads[size].ratio(MAX_NODES) or 1.0)
+            self._patience = max(int(extra / TRY_SHARE), min(2 * self._patience, MAX_PATIENCE))
         return MAX_NODES
 
     def _turn(self, limit: int) -> None:
@@ -163,14 +195,15 @@ class Pace:
         self._cut_drafts.clear()
         self._limit = limit
 
-    def _nearest_known(self, num_sequences: int) -> _Load | None:
+    def _nearest_known(self, num_sequences: int) -> int | None:
+        """The known batch size that tells about this one."""
         if num_sequences in self._loads and self._loads[num_sequences].is_known:
-            return self._loads[num_sequences]
+            return num_sequences
         known = [size for size, load in self._loads.items() if load.is_known]
         nearest = min(known, key=lambda size: abs(size - num_sequences), default=0)
         if not nearest or max(nearest, num_sequences) > MAX_RATIO * min(nearest, num_sequences):
             return None
-        return self._loads[nearest]
+        return nearest
 
     def _choose(self, load: _Load) -> int:
         """Whole drafts unless they lose to plain decoding; then the shallower depth that wins, if one does.
@@ -195,14 +228,3 @@ class Pace:
             if gain > best_gain:
                 best, best_gain = bound, gain
         return best
-
-    def _set_prices(self, load: _Load) -> None:
-        """Find the chance of being accepted at which one more node pays for its verification."""
-        known = sorted((rows, median(times)) for rows, times in self._verify_s.items() if len(times) >= NUM_NEEDED)
-        if len(known) < 2:
-            return
-        (few, fast_s), (many, slow_s) = known[0], known[-1]
-        row_s = max(0.0, (slow_s - fast_s) / (many - few))
-        # A token is worth the time that plain decoding takes for one.
-        price = min(1.0, row_s * self._batch_size / load.plain_s)
-        self.prices = Prices(branch=price, chain=price)

@@ -198,7 +198,7 @@ def test_long_prompts_reach_the_draft_model_in_blocks(monkeypatch: pytest.Monkey
 class EverySecondStep:
     """A pace at which every second step drafts nothing."""
 
-    prices = DEFAULT_PRICES
+    prices, is_drafting = DEFAULT_PRICES, True
 
     def __init__(self) -> None:
         self._limit = 0

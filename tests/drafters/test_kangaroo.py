@@ -518,9 +518,12 @@ def test_an_adapter_without_attention_is_fed_nothing_but_what_it_guesses_behind(
     assert memory.pending == []
 
 
-def test_long_prompt_reaches_a_packed_adapter_in_blocks(monkeypatch: pytest.MonkeyPatch) -> None:
+@pytest.mark.parametrize("is_drafting", [True, False])
+def test_long_prompt_reaches_a_packed_adapter_in_blocks(monkeypatch: pytest.MonkeyPatch, is_drafting: bool) -> None:
     loose, texts, blocks = tame_target(), [], []
     target = packed.pack(loose)
+    monkeypatch.setattr(module, "FEW_ROWS", 5)
+    monkeypatch.setattr(Pace, "is_drafting", is_drafting)
     for rows in (512, 3):
         monkeypatch.setattr(module, "FEED_ROWS", rows)
         stopping = FixedLength(4)
@@ -533,9 +536,13 @@ def test_long_prompt_reaches_a_packed_adapter_in_blocks(monkeypatch: pytest.Monk
             return run(states, attention=attention)
 
         monkeypatch.setattr(drafter._adapter, "run", counted)
-        recorder = Recorder(drafter, target, SamplingParams(max_new_tokens=16))
-        recorder.finish()
-        texts.append(recorder.text)
+        engine = Engine(target, drafter, pace=Pace((MAX_NODES,)))  # type: ignore[arg-type]
+        decoding = engine.submit(Request(PROMPT, SamplingParams(max_new_tokens=16)))
+        engine.step()
+        assert fed == ([] if not is_drafting else [8] if rows == 512 else [3, 3, 2])
+        engine.run(decoding)
+        texts.append(decoding.new_tokens)
         blocks.append(fed)
     assert texts[0] == texts[1]
-    assert blocks == [[], [3, 3]]
+    # What did not reach it with the prompt does so with the first draft, whose own call takes a last block.
+    assert blocks == ([[8], [3, 3, 2]] if is_drafting else [[], [3, 3]])

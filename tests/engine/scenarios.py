@@ -104,6 +104,10 @@ class Pace:
         self._num_steps = 0
         self.prices = DEFAULT_PRICES
 
+    @property
+    def is_drafting(self) -> bool:
+        return self._num_steps % 2 == 0
+
     def limit(self, sequences: SequenceOf[Sequence]) -> int:
         self._num_steps += 1
         self.prices = (Prices(0.0, 0.0), Prices(0.05, 0.0), Prices(0.3, 0.01))[self._num_steps % 3]

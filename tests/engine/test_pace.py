@@ -116,6 +116,17 @@ def test_failed_tries_are_ever_further_apart() -> None:
     assert set(waits[4:]) == {MAX_PATIENCE}
 
 
+def test_tries_that_must_catch_up_with_long_texts_are_rare() -> None:
+    pace, world, spent_s = Pace(), World(row_s=BASE_S, accepted=(0,)), 0.0
+    limits = []
+    for _ in range(20000):
+        is_new = pace._granted == 0
+        limits.append(world.step(pace, catch_up_s=20 * BASE_S if is_new else 0.0))
+        spent_s += 20 * BASE_S * (is_new and limits[-1] > 0)
+    assert 2 <= limits[10000:].count(MAX_NODES) <= 2 * 10000 / 2000 + 2
+    assert spent_s < 0.03 * BASE_S * len(limits)
+
+
 @pytest.mark.parametrize(("num_hopeless", "num_more"), [(50, 100), (2000, 5 * MAX_PATIENCE)])
 def test_it_comes_back_when_texts_become_easy(num_hopeless: int, num_more: int) -> None:
     pace = Pace()
@@ -308,7 +319,7 @@ def test_plain_decoding_that_follows_drafting_waits_before_it_tries_again() -> N
 # --- the price of nodes
 
 
-def test_node_price_is_what_a_row_costs_in_plain_tokens() -> None:
+def test_price_is_what_a_row_costs_in_plain_tokens() -> None:
     pace, world = Pace(), World(row_s=0.2 * BASE_S, accepted=(6,))
     assert pace.prices == DEFAULT_PRICES
     for world.depth in (2, 4, 6, 5, 3) * 8:
@@ -316,14 +327,45 @@ def test_node_price_is_what_a_row_costs_in_plain_tokens() -> None:
     assert pace.prices == Prices(pytest.approx(0.2), pytest.approx(0.2))
 
 
-def test_node_price_needs_drafts_of_several_sizes() -> None:
+def test_price_of_a_batch_counts_the_tokens_that_plain_decoding_makes_meanwhile() -> None:
     pace = Pace()
-    World(row_s=0.2 * BASE_S, accepted=(6,)).run(pace, 100)
-    assert pace.prices == DEFAULT_PRICES
+    World(row_s=0.02 * BASE_S, accepted=(6,), num_sequences=8).run(pace, 100)
+    assert pace.prices.branch == pytest.approx(8 * 0.02)
+
+
+class Obedient(World):
+    """Drafts as deep as the price of a chain's token lets a drafter that is half sure of every token."""
+
+    def step(self, pace: Pace, *, catch_up_s: float = 0.0) -> int:
+        self.depth = next(depth for depth in range(1, 9) if depth == 8 or 0.5 ** (depth + 1) < pace.prices.chain)
+        return super().step(pace, catch_up_s=catch_up_s)
+
+
+def test_price_that_a_disturbance_raised_comes_down_again() -> None:
+    pace, world = Pace(), Obedient(row_s=5 * BASE_S, accepted=(1, 2))
+    world.run(pace, 50)
+    assert pace.prices.chain == 1.0
+    world.row_s = 0.02 * BASE_S
+    world.run(pace, 2000)
+    assert pace.prices.chain == pytest.approx(0.02)
+    assert world.depth == 5
+
+
+def test_price_is_that_of_the_batch_size() -> None:
+    pace, dear, cheap_rows = (
+        Pace(),
+        World(row_s=0.1 * BASE_S, accepted=(6,), num_sequences=8),
+        World(0.01 * BASE_S, (6,)),
+    )
+    for _ in range(3):
+        dear.run(pace, 50)
+        assert pace.prices.chain == pytest.approx(0.8)
+        cheap_rows.run(pace, 50)
+        assert pace.prices.chain == pytest.approx(0.01)
 
 
 @pytest.mark.parametrize(("row_s", "price"), [(0.0, 0.0), (3 * BASE_S, 1.0), (-0.1 * BASE_S, 0.0)])
-def test_node_price_is_a_chance(row_s: float, price: float) -> None:
+def test_price_is_a_chance(row_s: float, price: float) -> None:
     pace, world = Pace(), World(row_s=row_s, accepted=(6,))
     for step in range(2000):
         world.depth = 2 + step % 3
