@@ -6,14 +6,16 @@ from collections.abc import Generator, Sequence
 from dataclasses import replace
 from importlib import import_module
 from pathlib import Path
-from typing import overload
+from typing import Any, overload
 
 from rich.console import Console
 from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, TimeRemainingColumn
 
+from kangaroo.drafters.adapter import ADAPTER, AdapterConfig
 from kangaroo.drafters.auto import AutoDrafter
 from kangaroo.drafters.base import Drafter
 from kangaroo.drafters.gate import GatedDrafter
+from kangaroo.drafters.kangaroo import complete_settings
 from kangaroo.drafters.plain import PlainDrafter
 from kangaroo.drafters.settings import AutoSettings, GateSettings, KangarooSettings, Settings, find_settings
 from kangaroo.engine.decoding import Decoding
@@ -34,6 +36,8 @@ COMPANIONS = {
     "medusa": "medusa/config.json",
     "layer_skip": "skip_layers.json",
 }
+# Their settings that name another.
+COMPANION_SETTINGS = {"retrieval": "datastore", "kangaroo": "adapter", "medusa": "heads", "layer_skip": "skip_layers"}
 # The drafters that only look things up.
 FREE = ("prompt_lookup", "retrieval")
 # One prompt as text or token ids, or several.
@@ -230,25 +234,44 @@ def _raise_error(decoding: Decoding) -> None:
 def build_drafter(model: LoadedModel, drafter: str | Settings | None, *, batch_size: int = 1) -> Drafter:
     """The drafter of this name or these settings for a model; raises SettingsError for an unknown name.
 
-    None takes kangaroo where an adapter lies beside the model, else plain. batch_size: what tuned settings are for.
+    What is left open is as resolve_settings has it.
     """
-    if drafter is None:
-        drafter = "kangaroo" if "kangaroo" in find_companions(model.folder) else "plain"
-    settings = find_settings(drafter)() if isinstance(drafter, str) else drafter
+    settings = resolve_settings(model, drafter, batch_size=batch_size)
     if isinstance(settings, GateSettings):
         inner = build_drafter(model, settings.drafter, batch_size=batch_size)
         return GatedDrafter(model.target, inner, threshold=settings.threshold)
     if isinstance(settings, AutoSettings):
-        names = _sources(model, settings)
         free, others = (
-            [build_drafter(model, one, batch_size=batch_size) for one in names if (one in FREE) is kind]
+            [build_drafter(model, one, batch_size=batch_size) for one in settings.sources if (one in FREE) is kind]
             for kind in (True, False)
         )
         return AutoDrafter(free, others)
-    if isinstance(settings, KangarooSettings):
-        settings = apply_tuning(settings, model, batch_size=batch_size)
     built: Drafter = import_module(f"kangaroo.drafters.{settings.name}").build(model, settings)
     return built
+
+
+def resolve_settings(model: LoadedModel, drafter: str | Settings | None, *, batch_size: int = 1) -> Settings:
+    """The settings by which build_drafter drafts, with nothing left open that the model and this machine decide.
+
+    None takes kangaroo where an adapter lies beside the model, else plain. A companion is named, auto's sources are
+    listed, and Kangaroo is set as tuned for this batch size, else as its adapter recommends. Raises as find_settings.
+    """
+    if drafter is None:
+        drafter = "kangaroo" if "kangaroo" in find_companions(model.folder) else "plain"
+    settings: Any = find_settings(drafter)() if isinstance(drafter, str) else drafter
+    if isinstance(settings, GateSettings):
+        return replace(settings, drafter=resolve_settings(model, settings.drafter, batch_size=batch_size))
+    if isinstance(settings, AutoSettings):
+        return replace(settings, sources=_sources(model, settings))
+    companion = COMPANION_SETTINGS.get(settings.name)
+    if companion is not None and getattr(settings, companion) is None:
+        settings = replace(settings, **{companion: str(model.folder / Path(COMPANIONS[settings.name]).parts[0])})
+    if isinstance(settings, KangarooSettings):
+        settings = apply_tuning(settings, model, batch_size=batch_size)
+        folder = Path(str(settings.adapter)).expanduser()
+        if folder.is_dir():
+            settings = complete_settings(settings, ADAPTER.read_config(folder, AdapterConfig))
+    return settings  # type: ignore[no-any-return]
 
 
 def find_companions(folder: Path) -> list[str]:
@@ -256,11 +279,11 @@ def find_companions(folder: Path) -> list[str]:
     return [name for name, file in COMPANIONS.items() if (folder / file).is_file()]
 
 
-def _sources(model: LoadedModel, settings: AutoSettings) -> list[str]:
+def _sources(model: LoadedModel, settings: AutoSettings) -> tuple[str, ...]:
     if "auto" in settings.sources:
         raise SettingsError("sources must be other drafters than auto itself")
     if settings.sources:
-        return list(settings.sources)
+        return tuple(settings.sources)
     found = find_companions(model.folder)
-    return ["prompt_lookup", *(name for name in found if name == "retrieval"),
-            *[name for name in found if name != "retrieval"][:1]]  # fmt: skip
+    return ("prompt_lookup", *(name for name in found if name == "retrieval"),
+            *[name for name in found if name != "retrieval"][:1])  # fmt: skip

@@ -23,13 +23,16 @@ Pairs = NDArray[np.float64]
 
 @dataclass(frozen=True)
 class Legacy:
-    """Spec-Bench's score: means over runs, and sample deviations, None for a single run."""
+    """Spec-Bench's score: means over runs, and sample deviations, None for a single run.
+
+    speedup is None where the baseline's rate is not above 0 in every run, as with texts that are empty.
+    """
 
     tokens_per_s: float
     tokens_per_s_std: float | None
     baseline_tokens_per_s: float
     baseline_tokens_per_s_std: float | None
-    speedup: float
+    speedup: float | None
     speedup_std: float | None
     mean_accepted_tokens: float | None
 
@@ -123,12 +126,14 @@ def score_legacy(runs: Runs, baseline: Runs, *, count_tokens: Callable[[str], in
         return None
     rates = [statistics.fmean(map(rate, mine)) for mine, _ in pairs]
     baseline_rates = [statistics.fmean(map(baseline_rate, plain)) for _, plain in pairs]
-    ratios = [mine / plain for mine, plain in zip(rates, baseline_rates, strict=True)]
+    ratios = [mine / plain for mine, plain in zip(rates, baseline_rates, strict=True) if plain > 0]
+    is_rated = len(ratios) == len(rates)
     lengths = [length for mine, _ in pairs for answer in mine for length in answer.choices[0].accept_lengths]
     return Legacy(
         *(statistics.fmean(rates), _deviation(rates)),
         *(statistics.fmean(baseline_rates), _deviation(baseline_rates)),
-        *(statistics.fmean(ratios), _deviation(ratios)),
+        statistics.fmean(ratios) if is_rated else None,
+        _deviation(ratios) if is_rated else None,
         statistics.fmean(lengths) if lengths else None,
     )
 

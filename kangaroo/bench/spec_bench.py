@@ -6,14 +6,14 @@ take turns question by question, so that what else the machine does hits them al
 
 import time
 from collections.abc import Iterator, Mapping, Sequence
-from dataclasses import asdict, dataclass, replace
-from hashlib import sha256
+from dataclasses import dataclass, replace
 from pathlib import Path
 from uuid import uuid4
 
 import torch
 
 from kangaroo.bench.answers import Answer, Choice
+from kangaroo.bench.drafting import describe_drafter
 from kangaroo.bench.prompts import BUILT_IN, read_prompts
 from kangaroo.bench.questions import Question, digest
 from kangaroo.bench.record import stamp
@@ -159,7 +159,7 @@ class SpecBench:
             "fingerprint": fingerprint(self._model.target),
             "dtype": plan.storage,
             "device": str(self._model.target.device),
-            "drafters": {name: _describe_settings(settings) for name, settings in plan.drafters.items()},
+            "drafters": {name: describe_drafter(self._model, settings) for name, settings in plan.drafters.items()},
             "template": self._template,
             "max_new_tokens": plan.params.max_new_tokens,
             "temperature": plan.params.temperature,
@@ -190,16 +190,6 @@ def _choice(completions: Sequence[Completion], *, answers: list[str], wall_times
         verify_time_s=[one.verify_time_s for one in completions],
         finish_reasons=[one.finish_reason for one in completions],
     )
-
-
-def _describe_settings(settings: Settings) -> dict[str, object]:
-    """A drafter's settings; folders by their last part and a hash, which tells those of one name apart."""
-    described: dict[str, object] = asdict(settings)  # type: ignore[call-overload]
-    for name, value in described.items():
-        if isinstance(value, str) and Path(value).exists():
-            path = Path(value).resolve()
-            described[name] = f"{path.name} ({sha256(str(path).encode()).hexdigest()[:8]})"
-    return described
 
 
 def _name(model: str) -> str:

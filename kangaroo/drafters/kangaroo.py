@@ -16,7 +16,7 @@ from typing import TYPE_CHECKING, cast
 import torch
 from torch import Tensor
 
-from kangaroo.drafters.adapter import Adapter, check_exit_layer
+from kangaroo.drafters.adapter import Adapter, AdapterConfig, check_exit_layer
 from kangaroo.drafters.base import MAX_NODES, Batch, Prices, Sequence, draft_roots, place_nodes
 from kangaroo.drafters.growing import Growth, add_level, assemble, draw, likeliest, place_frontier, plant
 from kangaroo.drafters.settings import KangarooSettings
@@ -32,8 +32,9 @@ if TYPE_CHECKING:
     from kangaroo.model.checkpoint import LoadedModel
     from kangaroo.model.packed import PackedTransformer
 
-DEFAULT_GAMMA = 6
-DEFAULT_ETA = 0.6
+# What settings may leave open, and what it is then.
+COMPLETED = ("gamma", "eta", "num_siblings", "max_nodes")
+DEFAULTS = (6, 0.6, 1, MAX_NODES)
 # Long prompts reach the adapter in blocks, so that its attention mask stays small.
 FEED_ROWS = 512
 # States that may wait for the next draft, which feeds them beside its own.
@@ -46,13 +47,18 @@ def build(model: LoadedModel, settings: KangarooSettings) -> KangarooDrafter:
     Raises AdapterError where the adapter is missing, damaged, or another model's or layer's.
     """
     adapter = Adapter.find(settings.adapter or model.adapter_folder, model.target, exit_layer=settings.exit_layer)
-    gammas = (settings.gamma, adapter.config.gamma, DEFAULT_GAMMA)
-    etas = (settings.eta, adapter.config.eta, DEFAULT_ETA)
-    gamma = next(value for value in gammas if value is not None)
-    stopping = choose_stopping(gamma, next(value for value in etas if value is not None))
-    num_siblings = 1 if settings.num_siblings is None else settings.num_siblings
-    branching = Branching(num_siblings, MAX_NODES if settings.max_nodes is None else settings.max_nodes)
+    settings = complete_settings(settings, adapter.config)
+    gamma, eta, num_siblings, max_nodes = (getattr(settings, name) for name in COMPLETED)
+    stopping, branching = choose_stopping(gamma, eta), Branching(num_siblings, max_nodes)
     return KangarooDrafter(model.target, adapter, stopping=stopping, branching=branching)
+
+
+def complete_settings(settings: KangarooSettings, config: AdapterConfig) -> KangarooSettings:
+    """The settings, with what they leave open as the adapter recommends, else as in the paper, and chains."""
+    recommended = (config.gamma, config.eta, None, None)
+    values = {name: next(value for value in (getattr(settings, name), *rest) if value is not None)
+              for name, *rest in zip(COMPLETED, recommended, DEFAULTS, strict=True)}  # fmt: skip
+    return replace(settings, **values)
 
 
 @dataclass

@@ -373,6 +373,22 @@ def test_texts_of_one_token_decode_nothing(folder: Path) -> None:
     assert (overall["corrected"], overall["time"], overall["steps"]["ctar"]) == (None, None, None)
 
 
+def test_empty_texts_have_no_legacy_speedup(folder: Path) -> None:
+    for path in (folder / "answers").iterdir():
+        answers = [json.loads(line) for line in path.read_text().splitlines()]
+        for choice in (one["choices"][0] for one in answers if one["category"] == "qa"):
+            choice["turns"] = [""]
+        path.write_text("".join(json.dumps(one) + "\n" for one in answers))
+    tasks = write_report(folder, tokenizer=TOKENIZER)["drafters"]["kangaroo"]["tasks"]
+    # Nothing but the BOS, which is taken off.
+    assert tasks["qa"]["legacy"]["baseline_tokens_per_s"] == 0 < tasks["qa"]["legacy"]["tokens_per_s"]
+    assert (tasks["qa"]["legacy"]["speedup"], tasks["qa"]["legacy"]["speedup_std"]) == (None, None)
+    assert tasks["translation"]["legacy"]["speedup"] > 0
+    legacy = (folder / "report.md").read_text().split("## Legacy score")[1].split("##")[0]
+    cells = next(line for line in legacy.splitlines() if line.startswith("| kangaroo ")).split(" | ")
+    assert cells[1 + ALL_TASKS.index("qa")] == "n/a"
+
+
 def test_interval_tightens_with_questions_and_holds_the_true_ratio() -> None:
     noise = np.random.default_rng(7)
 

@@ -4,6 +4,7 @@ import json
 from dataclasses import replace
 from itertools import islice
 from pathlib import Path
+from shutil import copytree
 from typing import Any
 
 import pytest
@@ -12,14 +13,17 @@ from kangaroo.bench import spec_bench
 from kangaroo.bench.answers import Answer, answer_file, read_answers
 from kangaroo.bench.questions import Question
 from kangaroo.bench.spec_bench import Asked, Plan, SpecBench
-from kangaroo.drafters.settings import KangarooSettings, PlainSettings, PromptLookupSettings
+from kangaroo.drafters.adapter import Adapter
+from kangaroo.drafters.settings import AutoSettings, KangarooSettings, PlainSettings, PromptLookupSettings
 from kangaroo.engine.pace import Pace
 from kangaroo.errors import OutputError
 from kangaroo.llm import LLM
 from kangaroo.model.checkpoint import LoadedModel, load_model
+from kangaroo.tuning import Tuned, tuning_key, write_tuned
 from kangaroo.types import Completion, SamplingParams
 from tests.cli.conftest import build_model
 from tests.runs import read_runs
+from tests.tiny import tiny_config, tiny_transformer
 
 DRAFTERS = {"plain": PlainSettings(), "kangaroo": KangarooSettings(), "prompt_lookup": PromptLookupSettings()}
 QUESTIONS = (
@@ -154,19 +158,35 @@ def test_other_settings_are_refused_before_anything_is_asked(model: LoadedModel,
             SpecBench(model, replace(PLAN, **change), output=tmp_path)
 
 
-def test_a_companion_of_the_same_name_elsewhere_is_another_setting(model: LoadedModel, tmp_path: Path) -> None:
-    other = tmp_path / "other" / "adapter"
-    other.mkdir(parents=True)
-    for file in (model.folder / "adapter").iterdir():
-        (other / file.name).write_bytes(file.read_bytes())
-    plans = [replace(PLAN, drafters=DRAFTERS | {"kangaroo": KangarooSettings(adapter=str(path))})
-             for path in (model.folder / "adapter", other)]  # fmt: skip
-    SpecBench(model, plans[0], output=tmp_path / "out")
+def test_a_companion_is_told_by_its_name_and_what_it_holds(model: LoadedModel, tmp_path: Path) -> None:
+    copy = tmp_path / "copy" / "adapter"
+    copytree(model.folder / "adapter", copy)
+    session = replace(PLAN, drafters=DRAFTERS | {"kangaroo": KangarooSettings(adapter=str(copy))})
+    SpecBench(model, PLAN, output=tmp_path / "out")
+    SpecBench(model, session, output=tmp_path / "out")
     written = (tmp_path / "out" / "run.json").read_text()
     assert str(tmp_path) not in written
+    assert str(model.folder) not in written
     assert json.loads(written)["drafters"]["kangaroo"]["adapter"].startswith("adapter (")
+    Adapter.initialize(tiny_transformer(tiny_config()), 1, seed=5).save(copy)
     with pytest.raises(OutputError, match="another drafters"):
-        SpecBench(model, plans[1], output=tmp_path / "out")
+        SpecBench(model, session, output=tmp_path / "out")
+
+
+def test_the_run_file_says_how_all_drafted_and_another_tuning_is_refused(model: LoadedModel, tmp_path: Path) -> None:
+    plan = replace(PLAN, drafters=DRAFTERS | {"auto": AutoSettings()})
+    names = ("gamma", "eta", "num_siblings", "max_nodes")
+    for output, values in ((tmp_path / "untuned", (6, 0.6, 1, 64)), (tmp_path / "tuned", (3, 0.25, 2, 9))):
+        if output.name == "tuned":
+            tuned = Tuned(batch_size=1, **dict(zip(names, values, strict=True)), predicted=1.0, measured=1.0)
+            write_tuned(tuning_key(model.target, model.adapter_folder), [tuned], stamp={})
+        SpecBench(model, plan, output=output)
+        drafters = json.loads((output / "run.json").read_text())["drafters"]
+        assert tuple(drafters["kangaroo"][name] for name in names) == values
+        assert drafters["auto"]["sources"] == {name: drafters[name] for name in ("prompt_lookup", "kangaroo")}
+    SpecBench(model, plan, output=tmp_path / "tuned")
+    with pytest.raises(OutputError, match="another drafters"):
+        SpecBench(model, plan, output=tmp_path / "untuned")
 
 
 def test_a_question_that_fails_is_told_and_asked_again_by_the_next_session(

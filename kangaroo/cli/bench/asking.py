@@ -25,9 +25,10 @@ if TYPE_CHECKING:
 TemplateName = Literal["vicuna", "chatml", "llama3", "alpaca", "checkpoint", "none"]
 # Of all questions at most this share may fail.
 MAX_FAILED = 0.01
-# The drafter that each flag with a companion is for.
-COMPANIONS = {"adapter": "kangaroo", "heads": "medusa", "skip_layers": "layer_skip", "datastore": "retrieval",
-              "draft_model": "draft_model"}  # fmt: skip
+# The drafter that each flag is for.
+OWNERS = {"adapter": "kangaroo", "gamma": "kangaroo", "eta": "kangaroo", "num_siblings": "kangaroo",
+          "max_nodes": "kangaroo", "heads": "medusa", "skip_layers": "layer_skip", "datastore": "retrieval",
+          "draft_model": "draft_model"}  # fmt: skip
 # Questions of one task resemble each other, so the time left is told from a long stretch.
 ETA_PERIOD_S = 600.0
 
@@ -61,6 +62,32 @@ Seed = Annotated[int, typer.Option(help="Which texts to draw at a temperature ab
 Adapter = Annotated[
     str | None, typer.Option(help="kangaroo's adapter folder.", show_default="the folder 'adapter' of the model")
 ]
+Gamma = Annotated[
+    int | None,
+    typer.Option(
+        help="kangaroo's most tokens drafted in depth per step. Giving this or one of the next three turns tuned "
+        "settings off.",
+        show_default="as tuned, else as the adapter recommends, else 6",
+    ),
+]
+Eta = Annotated[
+    float | None,
+    typer.Option(
+        help="kangaroo stops drafting behind a token of less confidence, in [0, 1]; 0 never stops early.",
+        show_default="as tuned, else as the adapter recommends, else 0.6",
+    ),
+]
+NumSiblings = Annotated[
+    int | None,
+    typer.Option(
+        help="kangaroo's guesses for the token behind one guess; above 1 drafts are trees.",
+        show_default="as tuned, else 1",
+    ),
+]
+MaxNodes = Annotated[
+    int | None,
+    typer.Option(help="Most tokens a draft of kangaroo holds, its root included.", show_default="as tuned, else 64"),
+]
 Heads = Annotated[
     str | None, typer.Option(help="medusa's folder of heads.", show_default="the folder 'medusa' of the model")
 ]
@@ -75,11 +102,11 @@ DraftModel = Annotated[str | None, typer.Option(help="draft_model's folder or hu
 
 @dataclass(frozen=True)
 class Flags:
-    """What the command line says, beside the questions; companions are the flags of COMPANIONS by name."""
+    """What the command line says, beside the questions; settings are the flags of OWNERS by name."""
 
     model: str
     drafters: str
-    companions: Mapping[str, str | None]
+    settings: Mapping[str, object]
     output: Path
     runs: int
     template: str | None
@@ -138,14 +165,14 @@ def _choose_drafters(flags: Flags, notes: Console) -> dict[str, Settings]:
         raise usage_error("--drafters", f"must be of {', '.join(SETTINGS)}, got {unknown!r}")
     if "plain" not in names:
         notes.print("plain is asked too: the others are compared with it")
-    given = {flag: value for flag, value in flags.companions.items() if value is not None}
+    given = {flag: value for flag, value in flags.settings.items() if value is not None}
     for flag in given:
-        if COMPANIONS[flag] not in names:
-            raise usage_error(f"--{flag.replace('_', '-')}", f"it does nothing without {COMPANIONS[flag]} in "
+        if OWNERS[flag] not in names:
+            raise usage_error(f"--{flag.replace('_', '-')}", f"it does nothing without {OWNERS[flag]} in "
                               "--drafters; add that or leave it out")  # fmt: skip
     chosen = {}
     for name in dict.fromkeys(["plain", *names]):
-        settings: Any = drafter_settings(name, {flag: given[flag] for flag in given if COMPANIONS[flag] == name})
+        settings: Any = drafter_settings(name, {flag: given[flag] for flag in given if OWNERS[flag] == name})
         chosen[name] = find_settings(settings)() if isinstance(settings, str) else settings
     return chosen
 

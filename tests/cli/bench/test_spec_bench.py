@@ -8,8 +8,10 @@ from typing import get_args
 import pytest
 
 from kangaroo.bench.templates import CHECKPOINT, TEMPLATES
-from kangaroo.cli.bench.asking import COMPANIONS, TemplateName
+from kangaroo.cli.bench.asking import OWNERS, TemplateName
 from kangaroo.drafters.settings import SETTINGS
+from kangaroo.model.checkpoint import load_model
+from kangaroo.tuning import Tuned, tuning_key, write_tuned
 from tests.cli.conftest import Ran, Run
 from tests.runs import read_runs
 
@@ -106,6 +108,7 @@ def test_where_nothing_is_answered_there_is_no_report(bench: Bench, tmp_path: Pa
         ((), "plain,fly", "--drafters: must be of plain, kangaroo"),
         ((), "", "--drafters: must be of plain, kangaroo"),
         (("--adapter", "x"), "plain,medusa", "--adapter: it does nothing without kangaroo in --drafters"),
+        (("--max-nodes", "9"), "plain,medusa", "--max-nodes: it does nothing without kangaroo in --drafters"),
         (("--draft-model", "x"), "kangaroo", "--draft-model: it does nothing without draft_model in --drafters"),
         (("--template", "fly"), "plain", "--template"),
         (("--runs", "0"), "plain", "--runs"),
@@ -126,6 +129,7 @@ def test_a_command_line_that_makes_no_sense_is_one_line(
         (("--categories", "qa, rag"), "plain", "has no category or task 'rag'; it has writing, mt_bench, qa"),
         (("--temperature", "-1"), "plain", "temperature must be 0 (greedy) or in"),
         (("--template", "checkpoint"), "plain", "this checkpoint has no chat template; give template vicuna"),
+        (("--gamma", "0"), "plain,kangaroo", "gamma must be"),
         (("--adapter", "/no/such"), "plain,kangaroo", "/no/such"),
         ((), "plain,draft_model", "draft_model needs the draft model's folder"),
     ],
@@ -151,6 +155,25 @@ def test_a_companion_given_by_its_flag_drafts(
         assert sum(sum(one.choices[0].num_drafted) for one in read_runs(tmp_path / "out")[name][0]) > 0
 
 
+def test_kangaroos_flags_turn_what_was_tuned_off(bench: Bench, model_folder: Path, tmp_path: Path) -> None:
+    model = load_model(str(model_folder))
+    tuned = Tuned(batch_size=1, gamma=5, eta=0.5, num_siblings=2, max_nodes=9, predicted=1.0, measured=1.0)
+    write_tuned(tuning_key(model.target, model.adapter_folder), [tuned], stamp={})
+    for flags, expected in (
+        ((), (5, 0.5, 2, 9)),
+        (("--gamma", 1), (1, 0.6, 1, 64)),
+        (("--gamma", 3, "--eta", 0, "--num-siblings", 3, "--max-nodes", 7), (3, 0, 3, 7)),
+    ):
+        output = tmp_path / str(len(flags))
+        assert bench(*flags, "--output", output, "--runs", 1, drafters="kangaroo").status == 0
+        drafted = json.loads((output / "run.json").read_text())["drafters"]["kangaroo"]
+        assert tuple(drafted[name] for name in ("gamma", "eta", "num_siblings", "max_nodes")) == expected
+        choices = [one.choices[0] for one in read_runs(output)["kangaroo"][0]]
+        steps, nodes = sum(sum(one.decoding_steps) for one in choices), sum(sum(one.num_drafted) for one in choices)
+        assert 0 < nodes <= steps * (expected[3] - 1)
+        assert expected[0] > 1 or nodes <= steps
+
+
 def test_categories_choose_the_questions(bench: Bench, tmp_path: Path) -> None:
     assert bench("--categories", "mt_bench", drafters="plain").status == 0
     assert [[one.question_id for one in run] for run in read_runs(tmp_path / "out")["plain"]] == [[1], [1]]
@@ -158,4 +181,4 @@ def test_categories_choose_the_questions(bench: Bench, tmp_path: Path) -> None:
 
 def test_choices_are_those_of_the_library() -> None:
     assert set(get_args(TemplateName)) == {*TEMPLATES, CHECKPOINT}
-    assert set(COMPANIONS.values()) <= set(SETTINGS)
+    assert set(OWNERS.values()) <= set(SETTINGS)
