@@ -109,7 +109,7 @@ def test_only_generation_is_timed_with_one_model_for_all(
 
     session = SpecBench(model, replace(PLAN, questions=QUESTIONS[1:2], num_runs=1), output=tmp_path)
     assert {id(llm.model.target) for llm in session._llms.values()} == {id(model.target)}
-    assert all(isinstance(llm.engine.pace, Pace) for llm in session._llms.values())
+    assert all(isinstance(llm.engine.pace, Pace) == (name != "plain") for name, llm in session._llms.items())
     monkeypatch.setattr(spec_bench, "encode_prompt", note("encode", spec_bench.encode_prompt))
     monkeypatch.setattr(LLM, "generate", note("generate", LLM.generate))
     monkeypatch.setattr(session._folder, "add_answer", note("keep", session._folder.add_answer))
