@@ -10,18 +10,18 @@ Spec-Bench. Mixed: all prompts again, of the three kinds in turn.
 
 import argparse
 import statistics
-import time
 from collections.abc import Sequence as SequenceOf
 from pathlib import Path
 
 from kangaroo.bench.comparison import compare, interleave
-from kangaroo.bench.contenders import KangarooContender, Run
+from kangaroo.bench.contenders import KangarooContender
 from kangaroo.bench.prompts import Prompt, read_prompts
 from kangaroo.bench.record import markdown_table, stamp, stamp_text, write_result
 from kangaroo.drafters.base import Batch, Drafter, Sequence
 from kangaroo.drafters.gate import GatedDrafter
-from kangaroo.drafters.settings import RetrievalSettings
+from kangaroo.drafters.settings import AutoSettings, RetrievalSettings
 from kangaroo.llm import LLM, build_drafter
+from kangaroo.model.cache import depths_of
 from kangaroo.model.checkpoint import LoadedModel, load_model
 from kangaroo.types import Completion, Draft, Outcome
 
@@ -31,27 +31,23 @@ DEPTHS = (1, 2, 3, 4, 6)
 MAX_PROMPT_TOKENS = 1024
 
 
-class TimedDrafter:
-    """A drafter whose drafts are timed and counted."""
+class CountedDrafter:
+    """A drafter whose levels are counted, text by text: one number for each, the warm-up's first."""
 
     def __init__(self, drafter: Drafter) -> None:
         self.name, self.taps = drafter.name, drafter.taps
-        self.draft_time_s, self.num_levels = 0.0, 0
+        self.num_levels: list[int] = []
         self._drafter = drafter
 
     def begin(self, sequences: SequenceOf[Sequence], *, num_slots: int) -> None:
-        """Pass on."""
+        """Pass on, and begin to count anew."""
+        self.num_levels.append(0)
         self._drafter.begin(sequences, num_slots=num_slots)
 
     def draft(self, batch: Batch) -> Draft:
-        """Pass on, and count time and depth."""
-        started_s = time.perf_counter()
+        """Pass on, and count the draft's levels."""
         draft = self._drafter.draft(batch)
-        self.draft_time_s += time.perf_counter() - started_s
-        depths = [0]
-        for parent in draft.parents[0][1:]:
-            depths.append(depths[parent] + 1)
-        self.num_levels += max(depths)
+        self.num_levels[-1] += max(depths_of(draft.parents[0]))
         return draft
 
     def accept(self, sequences: SequenceOf[Sequence], outcome: Outcome) -> None:
@@ -65,8 +61,9 @@ class TimedDrafter:
 
 def build_all(model: LoadedModel, datastore: str | None) -> dict[str, Drafter]:
     """Every drafter the bundled model can have; a draft model of its vocabulary there is none."""
-    names = ["plain", "kangaroo", "layer_skip", "medusa", "prompt_lookup", "auto"]
+    names = ["plain", "kangaroo", "layer_skip", "medusa", "prompt_lookup"]
     drafters: dict[str, Drafter] = {name: build_drafter(model, name) for name in names}
+    drafters["auto"] = build_drafter(model, AutoSettings(datastore=datastore))
     drafters["kangaroo behind a gate of 0.3"] = GatedDrafter(
         model.target, build_drafter(model, "kangaroo"), threshold=0.3
     )
@@ -90,14 +87,13 @@ def num_parameters(model: LoadedModel, name: str) -> int:
         return sum(file.get_tensor(key).numel() for key in file.keys())
 
 
-def describe(name: str, mine: list[Run], timed: TimedDrafter, plain_step_s: float) -> dict[str, object]:
-    """What a drafter's texts tell."""
-    texts = [run.completion for run in mine if run.completion]
+def describe(texts: list[Completion], num_levels: int, plain_step_s: float) -> dict[str, object]:
+    """What a drafter's texts tell, for which it drafted so many levels."""
     accepted = [length - 1 for one in texts for length in one.accepted_lengths]
     num_steps, num_drafted = len(accepted), sum(one.num_drafted for one in texts)
-    share = timed.draft_time_s / timed.num_levels / plain_step_s if timed.num_levels else 0.0
+    share = sum(one.draft_time_s for one in texts) / num_levels / plain_step_s if num_levels else 0.0
     tokens_per_step = sum(one.num_new_tokens - 1 for one in texts) / num_steps
-    levels = timed.num_levels / num_steps
+    levels = num_levels / num_steps
     return {
         "acceptance_rate": sum(accepted) / num_drafted if num_drafted else None,
         "ctar": {depth: sum(one >= depth for one in accepted) / num_steps for depth in DEPTHS},
@@ -109,8 +105,8 @@ def describe(name: str, mine: list[Run], timed: TimedDrafter, plain_step_s: floa
 
 def measure(model: LoadedModel, prompts: list[tuple[int, ...]], args: argparse.Namespace) -> list[dict[str, object]]:
     """One row a drafter on these prompts."""
-    timed = {name: TimedDrafter(drafter) for name, drafter in build_all(model, args.datastore).items()}
-    contenders = [KangarooContender(name, LLM(model, drafter)) for name, drafter in timed.items()]
+    counted = {name: CountedDrafter(drafter) for name, drafter in build_all(model, args.datastore).items()}
+    contenders = [KangarooContender(name, LLM(model, drafter)) for name, drafter in counted.items()]
     runs = interleave(contenders, prompts, num_rounds=1, max_new_tokens=args.max_new_tokens)
     plain = [run.completion for run in runs["plain"] if run.completion]
     plain_step_s = statistics.median(one.decode_time_s / max(one.num_steps, 1) for one in plain)
@@ -123,7 +119,9 @@ def measure(model: LoadedModel, prompts: list[tuple[int, ...]], args: argparse.N
                   if a.tokens_per_s and b.tokens_per_s]  # fmt: skip
         row["speedup"], row["overall_speedup"] = statistics.median(speeds), rate(mine) / rate(plain)
         row["num_parameters"] = num_parameters(model, name)
-        rows.append(row | describe(name, runs[name], timed[name], plain_step_s))
+        _, *num_levels = counted[name].num_levels
+        assert len(num_levels) == len(mine)
+        rows.append(row | describe(mine, sum(num_levels), plain_step_s))
     return rows
 
 

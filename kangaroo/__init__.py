@@ -13,6 +13,7 @@ if TYPE_CHECKING:
         PromptLookupSettings,
         RetrievalSettings,
     )
+    from kangaroo.drafters.stopping import AdaptiveSettings
     from kangaroo.engine.async_engine import AsyncEngine
     from kangaroo.engine.scheduler import Limits
     from kangaroo.errors import KangarooError
@@ -23,6 +24,7 @@ __version__ = "0.1.0"
 
 __all__ = [
     "LLM",
+    "AdaptiveSettings",
     "AsyncEngine",
     "AutoSettings",
     "Completion",
@@ -45,6 +47,7 @@ _HOMES = {
     "Limits": "kangaroo.engine.scheduler",
     "Completion": "kangaroo.types",
     "KangarooError": "kangaroo.errors",
+    "AdaptiveSettings": "kangaroo.drafters.stopping",
     "AutoSettings": "kangaroo.drafters.settings",
     "DraftModelSettings": "kangaroo.drafters.settings",
     "GateSettings": "kangaroo.drafters.settings",

@@ -242,7 +242,11 @@ def build_drafter(model: LoadedModel, drafter: str | Settings | None, *, batch_s
         return GatedDrafter(model.target, inner, threshold=settings.threshold)
     if isinstance(settings, AutoSettings):
         free, others = (
-            [build_drafter(model, one, batch_size=batch_size) for one in settings.sources if (one in FREE) is kind]
+            [
+                build_drafter(model, settings.settings_of(one), batch_size=batch_size)
+                for one in settings.sources
+                if (one in FREE) is kind
+            ]
             for kind in (True, False)
         )
         return AutoDrafter(free, others)
@@ -285,5 +289,6 @@ def _sources(model: LoadedModel, settings: AutoSettings) -> tuple[str, ...]:
     if settings.sources:
         return tuple(settings.sources)
     found = find_companions(model.folder)
-    return ("prompt_lookup", *(name for name in found if name == "retrieval"),
+    has_datastore = settings.datastore is not None or "retrieval" in found
+    return ("prompt_lookup", *(["retrieval"] if has_datastore else []),
             *[name for name in found if name != "retrieval"][:1])  # fmt: skip

@@ -2,6 +2,7 @@
 
 import re
 from pathlib import Path
+from typing import Any
 
 import numpy as np
 import pytest
@@ -15,7 +16,14 @@ from kangaroo.drafters.kangaroo import KangarooDrafter
 from kangaroo.drafters.medusa_heads import MedusaHeads
 from kangaroo.drafters.plain import PlainDrafter
 from kangaroo.drafters.prompt_lookup import PromptLookupDrafter
-from kangaroo.drafters.settings import SETTINGS, AutoSettings, GateSettings, KangarooSettings, PlainSettings
+from kangaroo.drafters.settings import (
+    SETTINGS,
+    AutoSettings,
+    GateSettings,
+    KangarooSettings,
+    PlainSettings,
+    PromptLookupSettings,
+)
 from kangaroo.errors import AdapterError, SettingsError
 from kangaroo.llm import COMPANIONS, build_drafter, find_companions
 from kangaroo.model.checkpoint import LoadedModel, load_model
@@ -115,6 +123,35 @@ def test_auto_takes_the_sources_it_is_told_those_first_that_only_look_things_up(
     drafter = build_drafter(model, AutoSettings(sources=("medusa", "prompt_lookup")))
     assert isinstance(drafter, AutoDrafter)
     assert source_names(drafter) == ["prompt_lookup", "medusa"]
+
+
+@pytest.mark.parametrize("sources", [(), ("retrieval", "prompt_lookup")])
+def test_auto_hands_a_datastore_and_references_on_to_their_sources(
+    model: LoadedModel, sources: tuple[str, ...], tmp_path: Path
+) -> None:
+    reference = tmp_path / "reference.txt"
+    reference.write_text("w1 w2 w3", encoding="utf-8")
+    add_companion(model, "retrieval")
+    elsewhere = (model.folder / "datastore").rename(tmp_path / "elsewhere")
+    settings = AutoSettings(sources, datastore=str(elsewhere), references=(str(reference),))
+    drafter = build_drafter(model, settings)
+    assert isinstance(drafter, AutoDrafter)
+    assert sorted(source_names(drafter)) == ["prompt_lookup", "retrieval"]
+    (lookup,) = [source for source in drafter._sources if isinstance(source, PromptLookupDrafter)]
+    alone = build_drafter(model, PromptLookupSettings(references=(str(reference),)))
+    assert lookup._references.tokens == alone._references.tokens != []  # type: ignore[attr-defined]
+
+
+@pytest.mark.parametrize(
+    ("given", "message"),
+    [
+        ({"datastore": "d"}, "datastore must come with retrieval among the sources, got medusa, plain; add that"),
+        ({"references": ("a",)}, "references must come with prompt_lookup among the sources, got medusa, plain; add"),
+    ],
+)
+def test_what_none_of_the_sources_would_look_at_is_refused(given: dict[str, Any], message: str) -> None:
+    with pytest.raises(SettingsError, match=message):
+        AutoSettings(("medusa", "plain"), **given)
 
 
 @pytest.mark.parametrize("sources", [("auto",), ("prompt_lookup", "auto")])

@@ -13,8 +13,10 @@ from kangaroo.cli.shared import DrafterName, usage_error
 if TYPE_CHECKING:
     from kangaroo.drafters.settings import Settings
 
+# Flags that together say how eta adapts.
+_ADAPTIVE = ("alpha", "beta1", "beta2", "epsilon", "initial_threshold")
 # Flags that do not have the name of the setting they give.
-_RENAMED = {"draft_model": "model", "draft_dtype": "dtype"}
+_RENAMED = {"draft_model": "model", "draft_dtype": "dtype", **dict.fromkeys(_ADAPTIVE, "eta")}
 # The drafter a flag of its own asks for; flags that several share ask for Kangaroo.
 _OWNERS = {"draft_model": "draft_model", "draft_dtype": "draft_model", "heads": "medusa", "num_heads": "medusa",
            "skip_layers": "layer_skip", "datastore": "retrieval", "max_matches": "retrieval",
@@ -28,6 +30,7 @@ def _option(text: str, panel: str, *, default: str | None = None, name: str | No
 
 _ANY, _KANGAROO, _NGRAMS = "Drafting", "Kangaroo drafter", "Prompt lookup and retrieval drafters"
 _MEDUSA, _MODEL, _SKIP = "Medusa drafter", "Draft model drafter", "Layer skip drafter (Draft & Verify)"
+_ADAPTING = "Adaptive threshold, in the place of --eta, of any drafter that has one"
 
 Drafter = Annotated[
     DrafterName | None,
@@ -48,24 +51,36 @@ Gamma = Annotated[
 Eta = Annotated[
     float | None,
     _option("Stop drafting behind a token of less confidence, in [0, 1]; 0 never stops early.", _ANY,
-            default="Kangaroo: as tuned, else as the adapter recommends, else 0.6"),
+            default="Kangaroo: as tuned, else as the adapter recommends, else 0.6; draft model 0.4, Medusa 0.2, layer "
+            "skip adaptive"),
 ]  # fmt: skip
+Alpha = Annotated[
+    float | None,
+    _option("Share of the drafted tokens to be accepted: above it the threshold falls, else it rises.", _ADAPTING,
+            default="0.9"),
+]  # fmt: skip
+Beta1 = Annotated[float | None, _option("Weight of the acceptance rate so far.", _ADAPTING, default="0.5")]
+Beta2 = Annotated[float | None, _option("Weight of the threshold so far.", _ADAPTING, default="0.9")]
+Epsilon = Annotated[float | None, _option("How far the threshold may go at once.", _ADAPTING, default="0.01")]
+InitialThreshold = Annotated[float | None, _option("Threshold to start from.", _ADAPTING, default="0.8")]
 NumSiblings = Annotated[
     int | None,
-    _option(
-        "Guesses for the token behind one guess; above 1 drafts are trees.", _ANY, default="as tuned, else 1, Medusa 3"
-    ),
-]
+    _option("Guesses for the token behind one guess; above 1 drafts are trees.", _ANY,
+            default="Kangaroo: as tuned, else 1; Medusa 3, others 1"),
+]  # fmt: skip
 MaxNodes = Annotated[
-    int | None, _option("Most tokens a draft holds, its root included.", _ANY, default="as tuned, else 64")
-]
+    int | None,
+    _option("Most tokens a draft holds, its root included.", _ANY,
+            default="Kangaroo: as tuned, else 64; Medusa 24, retrieval 32, others 64"),
+]  # fmt: skip
 Gate = Annotated[
     float | None,
     _option("Draft only where the target was at least this sure of its last choice, in [0, 1].", _ANY, default="0"),
 ]
 Sources = Annotated[
     list[str] | None,
-    _option("With auto: a drafter to choose from, in the order to ask; repeatable.", _ANY, name="--source",
+    _option("With auto: a drafter to choose from; repeatable. Lookups are asked first, in this order, those that run a "
+            "model by what they bring.", _ANY, name="--source",
             default="prompt_lookup, and what lies beside the model"),
 ]  # fmt: skip
 Adapter = Annotated[str | None, _option("Adapter folder.", _KANGAROO, default="the folder 'adapter' of the model")]
@@ -116,14 +131,23 @@ def drafter_settings(drafter: str | None, flags: Mapping[str, object]) -> str | 
 
 def _set(drafter: str, given: Mapping[str, Any]) -> Settings:
     from kangaroo.drafters.settings import find_settings
+    from kangaroo.drafters.stopping import AdaptiveSettings
 
     made = find_settings(drafter)
     known = {field.name for field in fields(made)}  # type: ignore[arg-type]
     values = {}
+    adaptive = {name: given[name] for name in _ADAPTIVE if name in given}
+    if adaptive and "eta" in given:
+        raise usage_error("--eta", f"it does nothing beside {_flag(next(iter(adaptive)))}; leave out one of the two")
     for name, value in given.items():
         setting = _RENAMED.get(name, name)
         if setting not in known:
-            flag = {"references": "--reference", "sources": "--source"}.get(name, f"--{name.replace('_', '-')}")
-            raise usage_error(flag, f"it does nothing with --drafter {drafter}; leave out one of the two")
+            raise usage_error(_flag(name), f"it does nothing with --drafter {drafter}; leave out one of the two")
         values[setting] = tuple(value) if isinstance(value, list) else value
+    if adaptive:
+        values["eta"] = AdaptiveSettings(**adaptive)
     return made(**values)
+
+
+def _flag(name: str) -> str:
+    return {"references": "--reference", "sources": "--source"}.get(name, f"--{name.replace('_', '-')}")

@@ -12,11 +12,12 @@ import math
 import time
 from collections.abc import Sequence as SequenceOf
 from dataclasses import dataclass, field, replace
+from typing import NamedTuple
 
 import torch
 from torch import Tensor
 
-from kangaroo.drafters.base import Batch, Drafter, Sequence, draft_roots, is_chain
+from kangaroo.drafters.base import Batch, Drafter, Prices, Sequence, draft_roots, is_chain
 from kangaroo.drafters.earnings import Chances, Earnings, StepCost
 from kangaroo.model.cache import CachedPass, depths_of
 from kangaroo.types import Draft, Outcome
@@ -39,13 +40,22 @@ class _Offer:
     num_nodes: int = 1
 
 
+class _Asked(NamedTuple):
+    """What a source with a model drafted for a sequence, and its part of the time; arguments of Earnings.add()."""
+
+    source: int
+    num_nodes: int
+    draft_s: float
+    is_steady: bool
+
+
 @dataclass
 class _Memory:
     """What is held per sequence.
 
     chances: of each free source, by the bits of its confidence; said: what those guessed in this step. earnings: of
     each source with a model; waited, patience: the steps since it was asked, and those it waits for a try. asked: which
-    one drafted in this step, its nodes and its time.
+    one was asked in this step; last_source: which in the step before.
     """
 
     earnings: list[Earnings]
@@ -53,7 +63,8 @@ class _Memory:
     patience: list[int]
     chances: dict[tuple[int, int], Chances] = field(default_factory=dict)
     said: list[tuple[Chances, Draft, int]] = field(default_factory=list)
-    asked: tuple[int, int, float] | None = None
+    asked: _Asked | None = None
+    last_source: int | None = None
 
     def choose(self, offer: _Offer, *, costs: tuple[float, float], enough: float) -> int | None:
         """The source with a model that beats what the free ones offer, or is due for a try."""
@@ -101,7 +112,9 @@ class AutoDrafter:
         base_s, row_s = self._cost.fit(batch.prices.branch)
         costs = base_s / len(batch.sequences), row_s
         plain = 1 / sum(costs)
-        batch = replace(batch, prices=batch.prices._replace(branch=min(1.0, row_s * plain)))
+        price = min(1.0, row_s * plain)
+        # One price for all nodes, or trees would lose their likeliest and keep its siblings.
+        batch = replace(batch, prices=Prices(price, price if batch.prices.chain else 0.0))
         offers = {sequence: _Offer(plain) for sequence in batch.sequences if sequence.max_draft > 0}
         for index, source in enumerate(self._free):
             asking = [sequence for sequence, offer in offers.items() if offer.rate < ENOUGH * plain]
@@ -134,10 +147,13 @@ class AutoDrafter:
             memory = self._memory[sequence]
             for chances, draft, row in memory.said:
                 _compare(draft, row, chances=chances, tokens=tokens)
+            memory.last_source = None
             if memory.asked is not None:
-                index, num_nodes, draft_s = memory.asked
-                for earnings in (memory.earnings[index], self._earnings[index]):
-                    earnings.add(len(tokens), num_nodes, draft_s=draft_s)
+                memory.last_source, num_nodes, draft_s, is_steady = memory.asked
+                # Where it drafted nothing, what a free source's draft brought is not its own.
+                num_tokens = len(tokens) if num_nodes > 1 else 1
+                for earnings in (memory.earnings[memory.last_source], self._earnings[memory.last_source]):
+                    earnings.add(num_tokens, num_nodes, draft_s=draft_s, is_steady=is_steady)
             memory.said, memory.asked = [], None
         for source in self._sources:
             source.accept(sequences, outcome)
@@ -166,11 +182,13 @@ class AutoDrafter:
         draft = self._models[index].draft(batch)
         draft_s = time.perf_counter() - started_s
         self._asked_s += draft_s
+        # As in engine/pace.py: catching up with the text is no part of what drafting costs from then on.
+        is_steady = all(self._memory[sequence].last_source == index for sequence in batch.sequences)
         offers = {}
         for row, (sequence, count) in enumerate(zip(batch.sequences, draft.num_nodes, strict=True)):
+            self._memory[sequence].asked = _Asked(index, count, draft_s / len(batch.sequences), is_steady)
             if count > 1:
                 offers[sequence] = _Offer(math.inf, draft, row, count)
-                self._memory[sequence].asked = index, count, draft_s / len(batch.sequences)
         return offers
 
 

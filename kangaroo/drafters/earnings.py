@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import math
-from dataclasses import dataclass
+from dataclasses import astuple, dataclass
 
 from kangaroo.drafters.base import MAX_NODES
 
@@ -74,27 +74,35 @@ class Chances:
 
 @dataclass
 class Earnings:
-    """Steps that a source with a model drafted for, what they brought and verified, and what the drafts took."""
+    """Steps that a source with a model was asked in, what they brought and verified, and what drafts took.
+
+    timed, draft_s: the drafts whose time counts, and their time.
+    """
 
     steps: float = 0.0
     tokens: float = 0.0
     nodes: float = 0.0
+    timed: float = 0.0
     draft_s: float = 0.0
 
     def rate(self, costs: tuple[float, float]) -> float:
-        """Tokens a second, infinite for a source that was never asked."""
-        time_s = self.draft_s + costs[0] * self.steps + costs[1] * self.nodes
+        """Tokens a second, infinite for a source that was never asked; drafts of unknown cost are free."""
+        draft_s = self.draft_s / self.timed if self.timed else 0.0
+        time_s = (draft_s + costs[0]) * self.steps + costs[1] * self.nodes
         return self.tokens / time_s if time_s > 0 else math.inf
 
     def share(self) -> Earnings:
         """The same for at most PRIOR_STEPS steps."""
         share = PRIOR_STEPS / max(self.steps, PRIOR_STEPS)
-        return Earnings(self.steps * share, self.tokens * share, self.nodes * share, self.draft_s * share)
+        return Earnings(*(share * value for value in astuple(self)))
 
-    def add(self, num_tokens: int, num_nodes: int, *, draft_s: float) -> None:
-        if self.steps:
-            draft_s = min(draft_s, 3 * self.draft_s / self.steps)
+    def add(self, num_tokens: int, num_nodes: int, *, draft_s: float, is_steady: bool) -> None:
+        """Count a step; a draft that is not steady had to catch up with the text, which tells at most its cost."""
+        if self.timed:
+            draft_s = min(draft_s, (3 if is_steady else 1) * self.draft_s / self.timed)
         self.steps = DECAY * self.steps + 1
         self.tokens = DECAY * self.tokens + num_tokens
         self.nodes = DECAY * self.nodes + num_nodes
-        self.draft_s = DECAY * self.draft_s + draft_s
+        if is_steady or self.timed:
+            self.timed = DECAY * self.timed + 1
+            self.draft_s = DECAY * self.draft_s + draft_s

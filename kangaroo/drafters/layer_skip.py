@@ -16,7 +16,7 @@ from torch import Tensor
 from kangaroo.drafters.base import Batch, Sequence
 from kangaroo.drafters.growing import Growth, assemble, draw, grow_all, likeliest, place_frontier, plant
 from kangaroo.drafters.settings import LayerSkipSettings
-from kangaroo.drafters.stopping import AdaptiveThreshold, StoppingPolicy, choose_stopping
+from kangaroo.drafters.stopping import StoppingPolicy, choose_stopping
 from kangaroo.drafters.tree import CHAIN, Branching, Guesses
 from kangaroo.model.cache import CachedPass
 from kangaroo.model.skips import SKIP_FILE, SkippedSublayers, read_skip_layers
@@ -37,20 +37,8 @@ def build(model: LoadedModel, settings: LayerSkipSettings) -> LayerSkipDrafter:
     skips = read_skip_layers(path, (model.name, Path(model.name).name))
     skips.check(model.target.num_layers, where=str(path))
     branching = Branching(settings.num_siblings, settings.max_nodes)
-    return LayerSkipDrafter(model.target, skips, stopping=_stopping(settings), branching=branching)
-
-
-def _stopping(settings: LayerSkipSettings) -> StoppingPolicy:
-    if settings.eta is None:
-        return AdaptiveThreshold(
-            settings.gamma,
-            alpha=settings.alpha,
-            beta1=settings.beta1,
-            beta2=settings.beta2,
-            epsilon=settings.epsilon,
-            initial_threshold=settings.initial_threshold,
-        )
-    return choose_stopping(settings.gamma, settings.eta)
+    stopping = choose_stopping(settings.gamma, settings.eta)
+    return LayerSkipDrafter(model.target, skips, stopping=stopping, branching=branching)
 
 
 class LayerSkipDrafter:

@@ -82,7 +82,7 @@ class MedusaDrafter:
 
     def draft(self, batch: Batch) -> Draft:
         """Ask all heads at once, then grow every tree level by level, each from the next head."""
-        longest = min(self._stopping.max_length, self._heads.config.num_heads)
+        longest = min(self._stopping.max_length, self._heads.config.num_heads, self._branching.max_nodes - 1)
         growths = [plant(sequence, min(longest, sequence.max_draft)) for sequence in batch.sequences]
         growing = [growth for growth in growths if growth.max_depth > 0]
         if growing:

@@ -5,6 +5,7 @@ from __future__ import annotations
 from dataclasses import dataclass
 from typing import ClassVar, Protocol
 
+from kangaroo.drafters.stopping import AdaptiveSettings
 from kangaroo.errors import SettingsError
 
 
@@ -28,6 +29,8 @@ class KangarooSettings:
     Where gamma, eta, num_siblings and max_nodes are all None, they are what was tuned for the adapter on this machine
     (kangaroo.tuning); else None takes what the adapter recommends, or gamma 6 and eta 0.6 as in the paper, 1 and 64.
     adapter: a folder, None for "adapter" beside the model. exit_layer: only a check against the adapter's.
+    gamma: the most tokens to draft in depth; eta: the confidence below which nothing is guessed behind a token, 0 for
+    never, or how it adapts.
     num_siblings: guesses for the token behind one node, 1 for chains; max_nodes: nodes of a draft, its root included.
     """
 
@@ -35,7 +38,7 @@ class KangarooSettings:
     adapter: str | None = None
     exit_layer: int | None = None
     gamma: int | None = None
-    eta: float | None = None
+    eta: float | AdaptiveSettings | None = None
     num_siblings: int | None = None
     max_nodes: int | None = None
 
@@ -45,14 +48,14 @@ class MedusaSettings:
     """How Medusa heads draft.
 
     heads: a folder, None for "medusa" beside the model. num_heads: how many of them guess, None for all. eta: the
-    confidence below which nothing is guessed behind a token, 0 for never. num_siblings: guesses for the token behind
-    one node, 1 for chains; max_nodes: nodes of a draft, its root included.
+    confidence below which nothing is guessed behind a token, 0 for never, or how it adapts. num_siblings: guesses for
+    the token behind one node, 1 for chains; max_nodes: nodes of a draft, its root included.
     """
 
     name: ClassVar[str] = "medusa"
     heads: str | None = None
     num_heads: int | None = None
-    eta: float = 0.2
+    eta: float | AdaptiveSettings = 0.2
     num_siblings: int = 3
     max_nodes: int = 24
 
@@ -82,7 +85,7 @@ class DraftModelSettings:
 
     model: the draft model, a folder or hub id of the target's vocabulary; must be given.
     gamma: the most tokens to draft in depth.
-    eta: stop drafting behind a token of less confidence; 0 never stops early.
+    eta: stop drafting behind a token of less confidence, 0 for never; or how that adapts.
     num_siblings: guesses for the token behind one node, 1 for chains.
     max_nodes: nodes of a draft, its root included.
     dtype: float32, bfloat16, float16 or int8, what its weights are kept in; None for what the target's are.
@@ -91,7 +94,7 @@ class DraftModelSettings:
     name: ClassVar[str] = "draft_model"
     model: str | None = None
     gamma: int = 6
-    eta: float = 0.4
+    eta: float | AdaptiveSettings = 0.4
     num_siblings: int = 1
     max_nodes: int = 64
     dtype: str | None = None
@@ -120,11 +123,29 @@ class AutoSettings:
     """Which drafters share the work, each with its own defaults.
 
     sources: names, lookups being asked before those that run a model; none for prompt lookup and whatever lies beside
-    the model: a datastore, and an adapter, else heads, else a skip list.
+    the model: a datastore, and an adapter, else heads, else a skip list. datastore, references: retrieval's and prompt
+    lookup's, as in their own settings. Raises SettingsError where they are given to a source that is not among those
+    named.
     """
 
     name: ClassVar[str] = "auto"
     sources: tuple[str, ...] = ()
+    datastore: str | None = None
+    references: tuple[str, ...] = ()
+
+    def __post_init__(self) -> None:
+        for name, source in (("datastore", RetrievalSettings.name), ("references", PromptLookupSettings.name)):
+            if getattr(self, name) and self.sources and source not in self.sources:
+                raise SettingsError(f"{name} must come with {source} among the sources, got "
+                                    f"{', '.join(self.sources)}; add that or leave out {name}")  # fmt: skip
+
+    def settings_of(self, source: str) -> Settings:
+        """The settings of a source; raises SettingsError for an unknown name."""
+        if source == RetrievalSettings.name:
+            return RetrievalSettings(datastore=self.datastore)
+        if source == PromptLookupSettings.name:
+            return PromptLookupSettings(references=self.references)
+        return find_settings(source)()
 
 
 @dataclass(frozen=True)
@@ -143,21 +164,15 @@ class GateSettings:
 class LayerSkipSettings:
     """How Draft & Verify drafts.
 
-    skip_layers: a skip list, None for "skip_layers.json" beside the model. eta: the confidence to go on with, 0 for
-    drafts of gamma tokens, None for a threshold that starts at initial_threshold and follows the acceptance rate by
-    the other settings (stopping.AdaptiveThreshold). num_siblings: guesses for the token behind one node, 1 for
-    chains; max_nodes: nodes of a draft, its root included.
+    skip_layers: a skip list, None for "skip_layers.json" beside the model. gamma: the most tokens to draft in depth.
+    eta: how the confidence to go on with adapts, or a fixed one, 0 for drafts of gamma tokens. num_siblings: guesses
+    for the token behind one node, 1 for chains; max_nodes: nodes of a draft, its root included.
     """
 
     name: ClassVar[str] = "layer_skip"
     skip_layers: str | None = None
     gamma: int = 8
-    eta: float | None = None
-    alpha: float = 0.9
-    beta1: float = 0.5
-    beta2: float = 0.9
-    epsilon: float = 0.01
-    initial_threshold: float = 0.8
+    eta: float | AdaptiveSettings = AdaptiveSettings()
     num_siblings: int = 1
     max_nodes: int = 64
 

@@ -131,9 +131,53 @@ def test_model_that_earns_most_is_asked_once_all_are_known(
 ) -> None:
     models = [Source(number, clock, earns[number], costs_s[number]) for number in range(2)]
     drafter, sequences = begin(clock, [], models)
-    assert take_steps(clock, drafter, sequences, num_steps=8) == [[100]] + [[101]] * 7
-    assert len(models[0].asked) == 1
+    ends = take_steps(clock, drafter, sequences, num_steps=8)
+    assert ends[:2] == [[100], [101]]
+    # A first draft does not tell what others cost, a second one in a row does.
+    assert ends[4:] == [[101]] * 4
     assert models[0].num_accepted == models[1].num_accepted == 8
+
+
+def test_catching_up_with_a_text_is_no_part_of_what_drafts_cost(clock: Clock) -> None:
+    model = Source(1, clock, 5, 0.5)
+    drafter, sequences = begin(clock, [], [model])
+    for _ in range(3):
+        model.cost_s = 10.0
+        assert take_steps(clock, drafter, sequences, num_steps=1) == [[101]]
+        model.cost_s = 0.5
+        assert take_steps(clock, drafter, sequences, num_steps=20) == [[101]] * 20
+        # Steps in which nothing may be drafted leave it behind.
+        sequences[0].max_draft = 0
+        assert take_steps(clock, drafter, sequences, num_steps=5) == [[99]] * 5
+        drafter.end(sequences)
+        sequences = make_sequences(1)
+        drafter.begin(sequences, num_slots=64)
+    (known,) = drafter._earnings
+    assert known.draft_s / known.timed == pytest.approx(0.5)
+
+
+def test_draft_that_caught_up_and_took_less_than_others_counts(clock: Clock) -> None:
+    earnings = Earnings()
+    earnings.add(4, 4, draft_s=50.0, is_steady=False)
+    assert earnings.timed == 0
+    earnings.add(4, 4, draft_s=8.0, is_steady=True)
+    for _ in range(200):
+        earnings.add(4, 4, draft_s=50.0, is_steady=False)
+    assert earnings.draft_s / earnings.timed == pytest.approx(8.0)
+    for _ in range(200):
+        earnings.add(4, 4, draft_s=2.0, is_steady=False)
+    assert earnings.draft_s / earnings.timed == pytest.approx(2.0, rel=0.02)
+    assert earnings.rate((1.0, 0.25)) == pytest.approx(1.0, rel=0.01)
+
+
+def test_texts_that_draft_with_one_that_catches_up_do_not_pay_for_it(clock: Clock) -> None:
+    model = Source(1, clock, 5, 0.5)
+    drafter, sequences = begin(clock, [], [model], 2)
+    take_steps(clock, drafter, sequences[:1], num_steps=5)
+    model.cost_s = 10.0
+    take_steps(clock, drafter, sequences, num_steps=1)
+    (earnings,) = drafter._memory[sequences[0]].earnings
+    assert earnings.draft_s / earnings.timed == pytest.approx(0.5)
 
 
 def test_model_that_has_nothing_to_say_leaves_the_step_to_what_was_looked_up(clock: Clock) -> None:
@@ -142,12 +186,42 @@ def test_model_that_has_nothing_to_say_leaves_the_step_to_what_was_looked_up(clo
     assert take_steps(clock, drafter, sequences, num_steps=40)[-1] == [RIGHT]
 
 
+def test_model_that_has_nothing_to_say_does_not_keep_others_from_drafting(clock: Clock) -> None:
+    silent, model = Source(0, clock, 0), Source(1, clock, 5)
+    drafter, sequences = begin(clock, [], [silent, model])
+    ends = take_steps(clock, drafter, sequences, num_steps=40)
+    # But for two tries.
+    assert [step for step, row in enumerate(ends) if row != [101]] == [0, 17]
+    assert len(silent.asked) == 2
+
+
+def test_what_a_lookup_brought_is_not_what_a_silent_model_earned(clock: Clock) -> None:
+    drafter, sequences = begin(clock, [Lookup(clock, 11)], [Source(1, clock, 0)])
+    take_steps(clock, drafter, sequences, num_steps=1)
+    assert drafter._earnings == [Earnings(steps=1.0, tokens=1.0, nodes=1.0)]
+
+
 def test_chain_is_cut_behind_the_last_guess_that_pays(clock: Clock) -> None:
     lookup = Lookup(clock, 4)
     drafter, sequences = begin(clock, [lookup], [])
     take_steps(clock, drafter, sequences, num_steps=60)
     batch = Batch(None, None, sequences)  # type: ignore[arg-type]
     assert list(drafter.draft(batch).tokens[0]) == [99, RIGHT, RIGHT, RIGHT]
+
+
+@pytest.mark.parametrize("chain", [0.0, 0.01])
+def test_what_a_node_costs_is_one_price_for_trees_and_for_chains_that_pay_one(clock: Clock, chain: float) -> None:
+    class Priced(Source):
+        def draft(self, batch: Batch) -> Draft:
+            prices.append(batch.prices)
+            return super().draft(batch)
+
+    prices: list[Prices] = []
+    drafter, sequences = begin(clock, [], [Priced(1, clock, 5)])
+    take_steps(clock, drafter, sequences, num_steps=5)
+    drafter.draft(Batch(None, None, sequences, prices=Prices(0.3, chain)))  # type: ignore[arg-type]
+    assert prices[-1].branch < 0.3
+    assert prices[-1].chain == (prices[-1].branch if chain else 0.0)
 
 
 def test_what_is_always_wrong_is_no_longer_verified(clock: Clock) -> None:

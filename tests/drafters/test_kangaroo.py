@@ -18,7 +18,13 @@ from kangaroo.drafters.base import Sequence as DecodedSequence
 from kangaroo.drafters.kangaroo import KangarooDrafter, build
 from kangaroo.drafters.plain import PlainDrafter
 from kangaroo.drafters.settings import KangarooSettings
-from kangaroo.drafters.stopping import ConfidenceThreshold, FixedLength, StoppingPolicy
+from kangaroo.drafters.stopping import (
+    AdaptiveSettings,
+    AdaptiveThreshold,
+    ConfidenceThreshold,
+    FixedLength,
+    StoppingPolicy,
+)
 from kangaroo.drafters.tree import Branching
 from kangaroo.engine import engine as engine_module
 from kangaroo.engine.decoding import Decoding
@@ -401,6 +407,9 @@ def test_settings_go_before_the_adapters_recommendation_and_that_before_the_pape
     assert stopping(KangarooSettings()) == ConfidenceThreshold(3, 0.25)
     assert stopping(KangarooSettings(gamma=8, eta=0.9)) == ConfidenceThreshold(8, 0.9)
     assert stopping(KangarooSettings(eta=0.0)) == FixedLength(3)
+    adaptive = stopping(KangarooSettings(eta=AdaptiveSettings(initial_threshold=0.3)))
+    assert isinstance(adaptive, AdaptiveThreshold)
+    assert (adaptive.max_length, adaptive.threshold) == (3, 0.3)
     assert build(model, KangarooSettings(num_siblings=3, max_nodes=20))._branching == Branching(3, 20)
     for settings, message in (
         (KangarooSettings(gamma=0), "gamma must be at least 1, got 0"),

@@ -3,6 +3,7 @@
 import json
 from collections.abc import Iterator
 from pathlib import Path
+from typing import Any
 
 import pytest
 import torch
@@ -11,7 +12,13 @@ from kangaroo.drafters.base import Batch, Drafter
 from kangaroo.drafters.layer_skip import LayerSkipDrafter, build
 from kangaroo.drafters.plain import PlainDrafter
 from kangaroo.drafters.settings import LayerSkipSettings
-from kangaroo.drafters.stopping import AdaptiveThreshold, ConfidenceThreshold, FixedLength, StoppingPolicy
+from kangaroo.drafters.stopping import (
+    AdaptiveSettings,
+    AdaptiveThreshold,
+    ConfidenceThreshold,
+    FixedLength,
+    StoppingPolicy,
+)
 from kangaroo.drafters.tree import CHAIN, Branching
 from kangaroo.engine.decoding import Decoding
 from kangaroo.engine.engine import Engine
@@ -74,7 +81,9 @@ def test_a_batch_gets_the_texts_of_plain_decoding(backend: str, family: str, mod
     assert sum(one.num_steps for one in drafted) < sum(one.num_steps for one in plain)
 
 
-@pytest.mark.parametrize("stopping", [ConfidenceThreshold(5, 0.4), AdaptiveThreshold(5, initial_threshold=0.2)])
+@pytest.mark.parametrize(
+    "stopping", [ConfidenceThreshold(5, 0.4), AdaptiveThreshold(5, AdaptiveSettings(initial_threshold=0.2))]
+)
 @pytest.mark.parametrize("backend", ["native", REFERENCE])
 def test_stopping_rules_change_drafts_but_no_text(backend: str, stopping: StoppingPolicy) -> None:
     target = make_target("llama", backend)
@@ -186,13 +195,13 @@ def test_settings_choose_the_stopping_rule(tmp_path: Path) -> None:
     model = loaded(tmp_path)
     (tmp_path / "skip_layers.json").write_text('{"tiny": {"attention": [2], "mlp": []}}')
 
-    def stopping(**settings: float) -> StoppingPolicy:
-        return build(model, LayerSkipSettings(**settings))._stopping  # type: ignore[arg-type]
+    def stopping(**settings: Any) -> StoppingPolicy:
+        return build(model, LayerSkipSettings(**settings))._stopping
 
-    adaptive = stopping(gamma=5, alpha=0.7, beta1=0.1, beta2=0.2, epsilon=0.3, initial_threshold=0.4)
+    adaptive = stopping(gamma=5)
     assert isinstance(adaptive, AdaptiveThreshold)
-    expected = AdaptiveThreshold(5, alpha=0.7, beta1=0.1, beta2=0.2, epsilon=0.3, initial_threshold=0.4)
-    assert vars(adaptive) == vars(expected)
+    assert vars(adaptive) == vars(AdaptiveThreshold(5))
+    assert stopping(eta=AdaptiveSettings(initial_threshold=0.3)).threshold == 0.3
     assert stopping(gamma=5, eta=0.0) == FixedLength(5)
     assert stopping(gamma=5, eta=0.3) == ConfidenceThreshold(5, 0.3)
     with pytest.raises(SettingsError, match="eta must be in"):

@@ -138,6 +138,13 @@ def test_guesses_that_may_be_rejected_by_chance_say_what_they_were_drawn_from(ac
             assert draft.proposals[0][node][token] > 0
 
 
+@pytest.mark.parametrize("acceptance", ["coupling", "rejection", "block"])
+def test_no_draft_holds_more_than_its_most_nodes(acceptance: Any) -> None:
+    params = SamplingParams(max_new_tokens=12, temperature=0.9, seed=3, acceptance=acceptance)
+    drafts = record(make_heads(), params, branching=Branching(num_siblings=3, max_nodes=3))
+    assert max(draft.num_nodes[0] for draft in drafts) == 3
+
+
 def test_a_text_of_rejection_does_not_depend_on_the_texts_beside_it() -> None:
     target, heads = place("float32")
     params = SamplingParams(max_new_tokens=16, temperature=0.9, seed=3, acceptance="rejection")

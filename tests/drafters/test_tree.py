@@ -77,6 +77,18 @@ def test_chain_of_drawn_tokens_ends_by_the_confidences_alone() -> None:
             assert grow(tree, [drawn], CHAIN, chain=0.8) == (range(depth, depth + 1) if depth < 3 else range(3, 3))
 
 
+def test_first_guess_that_does_not_pay_leaves_its_siblings_their_own_price() -> None:
+    # Why whoever sets prices for trees sets both alike.
+    tree = Tree(7)
+    grow(tree, [guesses(0.9)], chain=0.5)
+    assert grow(tree, [guesses(0.4, 0.3, 0.01, first_token=20)], chain=0.5) == range(2, 3)
+    assert (tree.tokens, tree.parents) == ([7, 10, 21], [-1, 0, 1])
+    tree = Tree(7)
+    grow(tree, [guesses(0.9)], price=0.3, chain=0.3)
+    assert grow(tree, [guesses(0.4, 0.3, 0.01, first_token=20)], price=0.3, chain=0.3) == range(2, 3)
+    assert (tree.tokens, tree.parents) == ([7, 10, 20], [-1, 0, 1])
+
+
 def test_other_guesses_must_promise_the_price() -> None:
     tree = Tree(7)
     assert grow(tree, [guesses(0.3, 0.2, 0.1)], price=0.2) == range(1, 3)

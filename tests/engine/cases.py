@@ -23,7 +23,13 @@ from kangaroo.drafters.plain import PlainDrafter
 from kangaroo.drafters.prompt_lookup import PromptLookupDrafter
 from kangaroo.drafters.retrieval import RetrievalDrafter
 from kangaroo.drafters.settings import PromptLookupSettings, RetrievalSettings
-from kangaroo.drafters.stopping import AdaptiveThreshold, ConfidenceThreshold, FixedLength, StoppingPolicy
+from kangaroo.drafters.stopping import (
+    AdaptiveSettings,
+    AdaptiveThreshold,
+    ConfidenceThreshold,
+    FixedLength,
+    StoppingPolicy,
+)
 from kangaroo.drafters.tree import CHAIN, Branching
 from kangaroo.kernels import REFERENCE, cpu
 from kangaroo.model import packed
@@ -162,7 +168,10 @@ CASES = [
     Case("draft_model-tree", draft_model(ConfidenceThreshold(6, 0.1), Branching(3, 16))),
     Case("layer_skip", layer_skip(FixedLength(4))),
     Case("layer_skip-tree", layer_skip(FixedLength(4), Branching(3, 16))),
-    Case("layer_skip-adaptive", layer_skip(AdaptiveThreshold(6, epsilon=0.0001, initial_threshold=0.01))),
+    Case(
+        "layer_skip-adaptive",
+        layer_skip(AdaptiveThreshold(6, AdaptiveSettings(epsilon=0.0001, initial_threshold=0.01))),
+    ),
     Case("medusa", medusa()),
     Case("medusa-tree", medusa(Branching(3, 12))),
     Case("retrieval", retrieval(RetrievalSettings(min_ngram=1))),

@@ -14,6 +14,7 @@ from kangaroo.engine.decoding import Decoding
 from kangaroo.engine.engine import Engine
 from kangaroo.engine.scheduler import Limits
 from kangaroo.kernels import cpu
+from kangaroo.model.cache import depths_of
 from kangaroo.model.transformer import Transformer
 from kangaroo.types import Draft, Outcome, Request, SamplingParams, TokenLogprobs
 from tests.engine.cases import ALL, FAMILIES, NONE, ON_REFERENCE, PART, Backend, prompt, target_on
@@ -135,12 +136,9 @@ class Observer:
         draft = self._drafter.draft(batch)
         for sequence, parents, tokens in zip(batch.sequences, draft.parents, draft.tokens, strict=True):
             assert tokens[0] == sequence.tokens[-1]
-            depths = [0]
-            for parent in parents[1:]:
-                depths.append(depths[parent] + 1)
-            assert max(depths) <= sequence.max_draft
+            self._depths[sequence] = max(depths_of(parents))
+            assert self._depths[sequence] <= sequence.max_draft
             assert len(parents) <= MAX_NODES
-            self._depths[sequence] = max(depths)
         return draft
 
     def accept(self, sequences: SequenceOf[Sequence], outcome: Outcome) -> None:
