@@ -172,7 +172,7 @@ class LayerSkipSettings:
     name: ClassVar[str] = "layer_skip"
     skip_layers: str | None = None
     gamma: int = 8
-    eta: float | AdaptiveSettings = AdaptiveSettings()
+    eta: float | AdaptiveSettings = ADAPTIVE
     num_siblings: int = 1
     max_nodes: int = 64
 
