@@ -80,21 +80,28 @@ def tuning_key(target: Transformer, adapter: Path) -> Key:
 
 
 def read_tuned(key: Key, *, batch_size: int = 1) -> Tuned | None:
-    """What was found for this key at the largest batch size up to this one, else at the smallest; None for nothing.
+    """What was found for this key at the largest batch size up to this one; None for nothing.
 
-    A file that cannot be read counts as none, which is logged as a warning.
+    What serves a larger batch says nothing of a smaller one, where other drafts pay. A file that cannot be read counts
+    as none, which is logged as a warning.
     """
-    entry = next((one for one in _read().entries if one.key == key), None)
-    if entry is None:
-        return None
-    sizes = sorted(entry.tuned, key=lambda one: one.batch_size)
-    return max((one for one in sizes if one.batch_size <= batch_size), key=lambda one: one.batch_size, default=sizes[0])
+    every = [tuned for entry in _read().entries if entry.key == key for tuned in entry.tuned]
+    fitting = [one for one in every if one.batch_size <= batch_size]
+    return max(fitting, key=lambda one: one.batch_size, default=None)
 
 
 def write_tuned(key: Key, tuned: Sequence[Tuned], *, stamp: dict[str, Any]) -> Path:
-    """Put this in the place of what the file holds for the key; raises OutputError where it cannot be written."""
-    path, entry = tuning_file(), _Entry(key=key, tuned=list(tuned), stamp=stamp)
-    content = _Content(entries=[*(one for one in _read().entries if one.key != key), entry])
+    """Put this in the place of what the file holds for the key at the same batch sizes; others stay as they are.
+
+    stamp: of the run that found it. Raises OutputError where the file cannot be written.
+    """
+    path, sizes = tuning_file(), {one.batch_size for one in tuned}
+    entries = [_Entry(key=key, tuned=list(tuned), stamp=stamp)]
+    for old in _read().entries:
+        kept = [one for one in old.tuned if old.key != key or one.batch_size not in sizes]
+        if kept:
+            entries.append(_Entry(key=old.key, tuned=kept, stamp=old.stamp))
+    content = _Content(entries=entries)
     try:
         make_folder()
         fresh = path.with_suffix(f".{os.getpid()}")
@@ -117,9 +124,10 @@ def make_folder() -> None:
 
 
 def count_tuned() -> int:
-    """How many entries the file holds for this processor."""
+    """How many keys the file holds for this processor."""
     processor = read_processor().get("model name", "unknown")
-    return sum(one.key.get("processor") == processor for one in _read().entries)
+    found = [one.key for one in _read().entries if one.key.get("processor") == processor]
+    return sum(key not in found[:index] for index, key in enumerate(found))
 
 
 def apply_tuning(settings: KangarooSettings, model: LoadedModel, *, batch_size: int = 1) -> KangarooSettings:

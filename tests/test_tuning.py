@@ -46,7 +46,7 @@ def drafts_of(drafter: object) -> tuple[object, Branching]:
 def test_the_largest_batch_size_up_to_the_wanted_one_counts() -> None:
     write_tuned(KEY, [make_tuned(8, gamma=8), make_tuned(2, gamma=2)], stamp={})
     found = {size: read_tuned(KEY, batch_size=size) for size in (1, 2, 7, 8, 99)}
-    assert {size: one and one.gamma for size, one in found.items()} == {1: 2, 2: 2, 7: 2, 8: 8, 99: 8}
+    assert {size: one and one.gamma for size, one in found.items()} == {1: None, 2: 2, 7: 2, 8: 8, 99: 8}
 
 
 def test_what_is_written_replaces_the_same_key_alone() -> None:
@@ -60,10 +60,21 @@ def test_what_is_written_replaces_the_same_key_alone() -> None:
     assert [one.name for one in path.parent.iterdir()] == ["tuning.json"]
 
 
+def test_other_batch_sizes_stay_with_what_found_them() -> None:
+    write_tuned(KEY, [make_tuned(size, gamma=size) for size in (1, 2, 4)], stamp={"date": "first"})
+    path = write_tuned(KEY, [make_tuned(size, gamma=9) for size in (2, 8)], stamp={"date": "second"})
+    found = {size: read_tuned(KEY, batch_size=size) for size in (1, 2, 4, 8)}
+    assert {size: one and one.gamma for size, one in found.items()} == {1: 1, 2: 9, 4: 4, 8: 9}
+    stamps = {one["stamp"]["date"]: [tuned["batch_size"] for tuned in one["tuned"]]
+              for one in json.loads(path.read_text())["entries"]}  # fmt: skip
+    assert stamps == {"first": [1, 4], "second": [2, 8]}
+
+
 def test_entries_are_counted_for_this_processor() -> None:
     assert count_tuned() == 0
     processor = tuning.read_processor().get("model name", "unknown")
-    write_tuned({"processor": processor}, [make_tuned()], stamp={})
+    for size in (1, 2):
+        write_tuned({"processor": processor}, [make_tuned(size)], stamp={})
     write_tuned({"processor": "another"}, [make_tuned()], stamp={})
     assert count_tuned() == 1
 

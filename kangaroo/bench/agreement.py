@@ -34,7 +34,10 @@ class Judged(NamedTuple):
 
 
 class Step(NamedTuple):
-    """A step of one sequence: tokens drafted, those of its deepest branch, and those accepted."""
+    """A step of one sequence: tokens drafted, levels they were guessed on, and those accepted.
+
+    A last level whose guess did not pay holds no token of the draft.
+    """
 
     num_drafted: int
     num_levels: int
@@ -84,27 +87,28 @@ def judge_adapter(target: Transformer, adapter: Adapter, *, text: Text, num_gues
     return Judged([rank == 0 for rank in ranks], [one[0] for one in chances], ranks, chances)
 
 
-def follow_chains(judged: Judged, *, gamma: int, eta: float) -> Iterator[Step]:
+def follow_chains(judged: Judged, *, gamma: int, eta: float, price: float = 0.0) -> Iterator[Step]:
     """The steps of a text with chains of at most gamma tokens that stop behind one of confidence below eta.
 
+    price: what the confidences on the way to a token behind the first must promise (base.Prices.chain).
     A chain is right until its first miss, so that its length and what of it is accepted follow from the positions;
     behind a miss the confidences are those of the true tokens: an approximation.
     """
     num_right = _run_lengths(judged.agrees)
-    num_sure = _run_lengths([confidence >= eta for confidence in judged.confidences])
     position, end = 0, len(judged.agrees)
     while position < end:
-        # The token of low confidence is drafted too; the bonus token needs room.
-        length = min(gamma, num_sure[position] + 1, end - 1 - position)
+        # The bonus token needs room.
+        confidences = judged.confidences[position : position + min(gamma, end - 1 - position)]
+        length, num_levels = _chain_length(confidences, eta=eta, price=price)
         accepted = min(length, num_right[position])
-        yield Step(length, length, accepted)
+        yield Step(length, num_levels, accepted)
         position += accepted + 1
 
 
 def follow_trees(judged: Judged, branching: Branching, *, gamma: int, eta: float, price: float) -> Iterator[Step]:
     """The same with trees: every node of a depth is taken to guess with the chances of the true one, if not its tokens.
 
-    price: the chance a node must promise (base.Prices.branch).
+    price: the chance a node must promise (base.Prices, of branches and chains alike).
     """
     position, end = 0, len(judged.ranks)
     while position < end:
@@ -115,7 +119,7 @@ def follow_trees(judged: Judged, branching: Branching, *, gamma: int, eta: float
             chances = judged.chances[position + depth][: branching.num_siblings]
             guesses = [Guesses(range(len(chances)), chances, chances[0])] * len(tree.frontier)
             depth += 1
-            tree.grow(guesses, branching, threshold=eta, prices=Prices(price), is_last=depth >= max_depth)
+            tree.grow(guesses, branching, threshold=eta, prices=Prices(price, price), is_last=depth >= max_depth)
         children = {pair: node for node, pair in enumerate(zip(tree.parents, tree.tokens, strict=True))}
         node: int | None = 0
         accepted = -1
@@ -137,6 +141,19 @@ def repeated_share(token_ids: Sequence[int], *, length: int = 8) -> float:
     """Share of a text's n-grams of this length that occurred in it before; 0 for shorter texts."""
     grams = [tuple(token_ids[start : start + length]) for start in range(len(token_ids) - length + 1)]
     return 1 - len(set(grams)) / len(grams) if grams else 0.0
+
+
+def _chain_length(confidences: Sequence[float], *, eta: float, price: float) -> tuple[int, int]:
+    """How many tokens of these confidences join a chain, and how many are guessed for that (drafters.tree.Tree)."""
+    chance = 1.0
+    for depth, confidence in enumerate(confidences):
+        chance *= confidence
+        if depth > 0 and chance < price:
+            return depth, depth + 1
+        # The token of low confidence is drafted too.
+        if confidence < eta:
+            return depth + 1, depth + 1
+    return len(confidences), len(confidences)
 
 
 def _run_lengths(flags: Sequence[bool]) -> list[int]:

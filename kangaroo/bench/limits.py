@@ -7,20 +7,43 @@ from __future__ import annotations
 
 import time
 from collections.abc import Sequence
+from dataclasses import replace
 from typing import Any
 
 import torch
 
 from kangaroo.bench.texts import Run, Text, race
-from kangaroo.cost import StepCosts, measure_costs
+from kangaroo.cost import StepCosts, measure_costs, measure_node_s
 from kangaroo.drafters.base import Drafter
+from kangaroo.engine.pace import Pace
 from kangaroo.kernels import REFERENCE
+from kangaroo.model.cache import depths_of
 from kangaroo.model.transformer import Transformer
+from kangaroo.types import Draft, Outcome
 
 BYTES = {"float32": 4, "bfloat16": 2, "float16": 2, "int8": 1}
 BANDWIDTH_BYTES, NUM_TRIES = 256 << 20, 5
 # Depths between which the cost of a drafted token is measured.
 DEPTHS = (1, 6)
+
+
+class LevelCounter(Pace):
+    """The usual pace, which also counts the tokens drafted and the levels they were on."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.num_drafted = self.num_levels = 0
+
+    def observe(self, draft: Draft, outcome: Outcome, *, draft_time_s: float, verify_time_s: float) -> None:
+        """Count, then learn as usual."""
+        self.num_drafted += sum(len(parents) - 1 for parents in draft.parents)
+        self.num_levels += sum(max(depths_of(parents)) for parents in draft.parents)
+        super().observe(draft, outcome, draft_time_s=draft_time_s, verify_time_s=verify_time_s)
+
+    @property
+    def level_share(self) -> float:
+        """How many of the drafted tokens made their draft deeper: all of a chain's."""
+        return self.num_levels / self.num_drafted if self.num_drafted else 1.0
 
 
 def num_weights(target: Transformer) -> int:
@@ -52,23 +75,27 @@ def measure_bandwidth(target: Transformer) -> float:
     return max(rates)
 
 
-def find_limits(target: Transformer, drafters: tuple[Drafter, Drafter], *, texts: Sequence[Text],
+def find_limits(target: Transformer, drafters: tuple[Drafter, Drafter, Drafter], *, texts: Sequence[Text],
                 num_rounds: int = 3) -> dict[str, Any]:  # fmt: skip
     """Limits, what is reached and the parts of a step, for plain decoding and with a drafter; batches of one.
 
-    drafters: as it is used, and one of chains of at least 6 that never stop early, whose costs are measured.
+    drafters: as it is used; one of chains of at least 6 that never stop early, whose costs are measured; one that grows
+    the same into trees.
     """
     prompts = [text.token_ids[: text.num_prompt] for text in texts]
     bandwidth = measure_bandwidth(target)
     costs = measure_costs(target, drafters[1], prompts=prompts, depths=DEPTHS)
-    (plain, _), (drafted, speedup) = race(target, drafters[:1], texts=texts, num_rounds=num_rounds)
+    pace = LevelCounter()
+    (plain, _), (drafted, speedup) = race(target, drafters[:1], texts=texts, paces=[pace], num_rounds=num_rounds)
+    if pace.level_share < 1:
+        costs = replace(costs, node_s=measure_node_s(target, drafters[1:], prompts=prompts))
     num_tokens = sum(text.num_prompt + len(text.token_ids) for text in texts) // (2 * len(texts))
     return {
         "bandwidth_bytes_per_s": bandwidth,
         "num_context_tokens": num_tokens,
         "plain": describe_plain(plain, num_bytes=count_bytes(target, num_tokens), bandwidth=bandwidth),
-        "drafted": describe_drafted(drafted, plain, costs=costs, speedup=speedup),
-    }
+        "drafted": describe_drafted(drafted, plain, costs=costs, speedup=speedup, level_share=pace.level_share),
+    }  # fmt: skip
 
 
 def describe_plain(run: Run, *, num_bytes: tuple[int, int], bandwidth: float) -> dict[str, Any]:
@@ -88,23 +115,29 @@ def describe_plain(run: Run, *, num_bytes: tuple[int, int], bandwidth: float) ->
     }  # fmt: skip
 
 
-def describe_drafted(run: Run, plain: Run, *, costs: StepCosts, speedup: float) -> dict[str, Any]:
+def describe_drafted(run: Run, plain: Run, *, costs: StepCosts, speedup: float, level_share: float) -> dict[str, Any]:
     """Ideal and measured speedup, and the parts of a step in seconds.
 
-    Ideal: tokens per step / (1 + drafted per step x the share of a plain step that drafting a token takes): whole
-    verification at the price of one row, and nothing around it.
+    Ideal: tokens per step / (1 + levels per step x token share + nodes beside x node share), the shares of a plain step
+    that drafting one token deeper, and one beside others, takes: whole verification at the price of one row, and
+    nothing around it. level_share: as LevelCounter has it.
     """
-    num_drafted, token_share = run.num_drafted / run.num_steps, costs.token_s / costs.plain_s
-    ideal = run.tokens_per_step / (1 + num_drafted * token_share)
+    num_drafted = run.num_drafted / run.num_steps
+    num_levels = num_drafted * level_share
+    num_beside = num_drafted - num_levels
+    drafting_s = num_levels * costs.token_s + num_beside * costs.node_s
+    ideal = run.tokens_per_step / (1 + drafting_s / costs.plain_s)
     step_s, draft_s, verify_s = (
         total_s / run.num_steps for total_s in (run.decode_time_s, run.draft_time_s, run.verify_time_s)
     )
-    tokens_s = min(draft_s, num_drafted * costs.token_s)
+    tokens_s = min(draft_s, drafting_s)
     one_row_s = min(verify_s, plain.verify_time_s / plain.num_steps)
     return {
         "tokens_per_step": run.tokens_per_step,
         "drafted_per_step": num_drafted,
-        "token_share": token_share,
+        "levels_per_step": num_levels,
+        "token_share": costs.token_s / costs.plain_s,
+        "node_share": costs.node_s / costs.plain_s,
         "ideal_speedup": ideal,
         "speedup": speedup,
         "share": speedup / ideal,

@@ -4,6 +4,7 @@ import gzip
 import json
 import re
 import zlib
+from collections.abc import Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -44,6 +45,12 @@ def read_prompts(path: Path, *, limit: int | None = None) -> list[Prompt]:
     if not prompts:
         raise PromptError(f"{path} holds no prompt; give {ALLOWED} with at least one")
     return prompts[:limit]
+
+
+def spread_prompts(prompts: Sequence[Prompt], limit: int) -> list[Prompt]:
+    """At most limit of the prompts, evenly spread over all of them, in order; the first is the first's."""
+    count = min(limit, len(prompts))
+    return [prompts[index * len(prompts) // count] for index in range(count)]
 
 
 def encode_prompt(prompt: Prompt, tokenizer: Tokenizer, *, max_tokens: int) -> list[int]:

@@ -1,6 +1,8 @@
 """How a result is kept: one JSON file and one Markdown file, stamped with command, commit, versions, hardware."""
 
 import json
+import os
+import re
 import sys
 import time
 from collections.abc import Sequence
@@ -9,10 +11,30 @@ from pathlib import Path
 from kangaroo.bench.environment import environment
 from kangaroo.errors import OutputError
 
+HUB_ID = re.compile(r"[\w.-]*\w/[\w.-]+")
+
+
+def shorten_path(text: str) -> str:
+    """Of a path its last part, since results must not name folders of a machine; a hub id as it is."""
+    path = os.path.expanduser(text)
+    if os.path.exists(path):
+        return Path(os.path.abspath(path)).name
+    return text if HUB_ID.fullmatch(text) else Path(text).name
+
+
+def name_apart(folders: Sequence[Path]) -> list[str]:
+    """The folders by their last parts, no more of them than tell them apart."""
+    parts = [Path(os.path.abspath(folder)).parts for folder in folders]
+    return next(
+        names
+        for count in range(1, max(map(len, parts)) + 1)
+        if len(set(names := ["/".join(one[-count:]) for one in parts])) == len(set(parts))
+    )
+
 
 def stamp() -> dict[str, object]:
     """The environment and the command of this process; of every path only the last part is kept."""
-    words = ["=".join(Path(part).name for part in word.split("=")) for word in sys.argv[1:]]
+    words = ["=".join(shorten_path(part) for part in word.split("=")) for word in sys.argv[1:]]
     script = Path(sys.argv[0])
     program = "kangaroo" if script.name == "kangaroo" else f"python {'/'.join(script.parts[-2:])}"
     command = " ".join([program, *words])

@@ -3,6 +3,7 @@
 import time
 from collections.abc import Sequence
 from dataclasses import dataclass
+from itertools import cycle, islice
 from statistics import median
 from typing import NamedTuple, TypeVar
 
@@ -110,18 +111,21 @@ class Decoder:
 
 
 class Raced(NamedTuple):
-    """A drafter's run over all texts, and how many times as fast as plain decoding it was: the median over rounds."""
+    """A drafter's run over all texts, all rounds together, and its speedup over plain decoding, their median."""
 
     run: Run
     speedup: float
 
 
 def race(target: Transformer, drafters: Sequence[Drafter], *, texts: Sequence[Text], batch_size: int = 1,
-         pace: Pace | None = None, num_rounds: int = 3) -> list[Raced]:  # fmt: skip
-    """Decode the texts, batch_size at a time, with every drafter and plainly in turn; plain decoding comes first."""
-    every = [PlainDrafter(), *drafters]
-    decoders = [Decoder(target, one, batch_size=batch_size, pace=pace if index else None)
-                for index, one in enumerate(every)]  # fmt: skip
+         paces: Sequence[Pace | None] | None = None, num_rounds: int = 3) -> list[Raced]:  # fmt: skip
+    """Decode the texts, batch_size at a time, with every drafter and plainly in turn; plain decoding comes first.
+
+    paces: one for each drafter; without, each measures for itself.
+    """
+    every: list[tuple[Drafter, Pace | None]] = [(PlainDrafter(), None)]
+    every += zip(drafters, paces or [None] * len(drafters), strict=True)
+    decoders = [Decoder(target, one, batch_size=batch_size, pace=pace) for one, pace in every]
     groups = split_texts(texts, batch_size)
     for decoder in decoders:
         decoder.run(groups[0])
@@ -134,9 +138,17 @@ def race(target: Transformer, drafters: Sequence[Drafter], *, texts: Sequence[Te
                 runs[place].append(decoders[place].run(group))
         rounds.append([add_runs(one) for one in runs])
     return [
-        Raced(rounds[-1][place], median(runs[place].tokens_per_s / runs[0].tokens_per_s for runs in rounds))
+        Raced(
+            add_runs([runs[place] for runs in rounds]),
+            median(runs[place].tokens_per_s / runs[0].tokens_per_s for runs in rounds),
+        )
         for place in range(len(every))
     ]
+
+
+def fill_batches(texts: Sequence[Each], batch_size: int) -> list[Each]:
+    """Texts, or what belongs to each, repeated from the first on until whole batches are full."""
+    return list(islice(cycle(texts), -(-len(texts) // batch_size) * batch_size))
 
 
 def split_texts(texts: Sequence[Each], batch_size: int) -> list[Sequence[Each]]:

@@ -12,7 +12,7 @@ from itertools import product, zip_longest
 from pathlib import Path
 
 from kangaroo.bench.agreement import Judged, Step, follow_chains, follow_trees, judge_adapter
-from kangaroo.bench.texts import Text, race, split_texts
+from kangaroo.bench.texts import Text, fill_batches, race, split_texts
 from kangaroo.cost import Meter, StepCosts, interpolate, measure_costs, measure_node_s
 from kangaroo.drafters.adapter import Adapter
 from kangaroo.drafters.base import Prices
@@ -119,20 +119,23 @@ class Tuner:
         for place, costs in enumerate(self.costs):
             # Nothing is drafted behind the only token of a chain, however sure it is.
             for gamma, eta in [(1, 0.0), *product(GAMMAS[1:], ETAS)]:
-                steps = [list(follow_chains(one, gamma=gamma, eta=eta)) for one in self._judged[place]]
                 for size in batch_sizes:
-                    yield predict(Setting(place, size, gamma, eta), steps, costs=costs)
+                    setting = Setting(place, size, gamma, eta)
+                    yield predict(setting, self._follow(setting), costs=costs)
             for gamma, eta, budget, size in product(TREE_GAMMAS, TREE_ETAS, TREE_BUDGETS, batch_sizes):
                 setting = Setting(place, size, gamma, eta, Branching(NUM_SIBLINGS, budget))
-                yield predict(setting, self._grow(setting), costs=costs)
+                yield predict(setting, self._follow(setting), costs=costs)
 
     def validate(self, predictions: Sequence[Prediction], *, batch_size: int, num_rounds: int) -> list[Prediction]:
-        """Run the settings in turn with plain decoding; the fastest first."""
+        """Run the settings in turn with plain decoding, at the prices they were predicted with; the fastest first."""
         settings = [one.setting for one in predictions]
-        pace = Meter()
-        pace.prices = Prices(node_price(self.costs[settings[0].place][batch_size]))
+        paces = [Meter() for _ in settings]
+        for pace, one in zip(paces, settings, strict=True):
+            price = self._price(one)
+            pace.prices = Prices(branch=price, chain=price)
         drafters = [self.drafter(one) for one in settings]
-        _, *raced = race(self._target, drafters, texts=self._texts, batch_size=batch_size, pace=pace,
+        texts = fill_batches(self._texts, batch_size)
+        _, *raced = race(self._target, drafters, texts=texts, batch_size=batch_size, paces=paces,
                          num_rounds=num_rounds)  # fmt: skip
         ran = [
             replace(one, measured=speedup, measured_tokens_per_step=run.tokens_per_step)
@@ -140,13 +143,23 @@ class Tuner:
         ]
         return sorted(ran, key=lambda one: one.measured or 0.0, reverse=True)
 
-    def _grow(self, setting: Setting) -> list[list[Step]]:
-        price = node_price(self.costs[setting.place][setting.batch_size])
+    def _price(self, setting: Setting) -> float:
+        return node_price(self.costs[setting.place][setting.batch_size])
+
+    def _follow(self, setting: Setting) -> list[list[Step]]:
+        """The steps of every text, those repeated that fill a batch."""
+        gamma, eta, price, branching = setting.gamma, setting.eta, self._price(setting), setting.branching
+        is_chain = branching.num_siblings == 1
+        if is_chain and eta == 0 and self._target.device.type != "cpu":
+            # Such chains are drafted without a look at confidences.
+            price = 0.0
 
         def follow(one: Judged) -> list[Step]:
-            return list(follow_trees(one, setting.branching, gamma=setting.gamma, eta=setting.eta, price=price))
+            if is_chain:
+                return list(follow_chains(one, gamma=gamma, eta=eta, price=price))
+            return list(follow_trees(one, branching, gamma=gamma, eta=eta, price=price))
 
-        return [follow(one) for one in self._judged[setting.place]]
+        return fill_batches([follow(one) for one in self._judged[setting.place]], setting.batch_size)
 
 
 def predict(setting: Setting, steps: Sequence[Sequence[Step]], *, costs: Costs) -> Prediction:

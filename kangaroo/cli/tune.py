@@ -3,12 +3,17 @@
 from __future__ import annotations
 
 import json
+from collections.abc import Sequence
 from pathlib import Path
-from typing import Annotated, Any
+from typing import TYPE_CHECKING, Annotated, Any
 
 import typer
 
 from kangaroo.cli.shared import Dtype, DtypeOption, JsonOption, ModelOption, Weights, WeightsOption, usage_error
+
+if TYPE_CHECKING:
+    from kangaroo.bench.tune import Prediction
+    from kangaroo.model.transformer import Transformer
 
 tune_app = typer.Typer()
 
@@ -44,23 +49,22 @@ def tune(
 
     Measures what steps cost, lets the model continue the prompts, judges every adapter's guesses there in one pass, and
     predicts the speedup of every setting from both. The best three of each batch size are run beside plain decoding.
-    The fastest is kept for its adapter on this machine, where generate and bench take it from unless flags say
-    otherwise. Run it on a machine that does nothing else.
+    The fastest of each is kept for its adapter on this machine, where generate and bench take it from, for batches
+    of its size and larger ones, unless flags say otherwise. Run it on a machine that does nothing else.
     """
     from rich.console import Console
 
-    from kangaroo.bench.prompts import read_prompts
-    from kangaroo.bench.record import stamp
+    from kangaroo.bench.prompts import read_prompts, spread_prompts
+    from kangaroo.bench.record import name_apart, shorten_path, stamp
     from kangaroo.bench.texts import decode_texts
     from kangaroo.bench.tune import Tuner
     from kangaroo.bench.tune import tune as find_best
     from kangaroo.model.checkpoint import load_model
-    from kangaroo.tuning import make_folder, tuning_key, write_tuned
+    from kangaroo.tuning import make_folder
 
     sizes = _parse_sizes(batch_sizes)
     make_folder()
-    prompts = read_prompts(data)
-    prompts = prompts[:: max(1, len(prompts) // limit)][:limit]
+    prompts = spread_prompts(read_prompts(data), limit)
     with Console(stderr=True).status("loading the model") as status:
         loaded = load_model(model, dtype=dtype, weights=weights, device=device)
         folders = [folder.expanduser() for folder in adapter or [loaded.adapter_folder]]
@@ -71,26 +75,30 @@ def tune(
         tuner = Tuner(loaded.target, texts, adapters=folders)
         predictions, ran = find_best(tuner, batch_sizes=sizes, num_rounds=rounds, report=status.update)
     facts = stamp()
-    for place, folder in enumerate(folders):
-        # The first of a batch size to have run is its fastest.
-        fastest = {one.setting.batch_size: one for one in reversed(ran) if one.setting.place == place}
-        if fastest:
-            found = [one.to_tuned() for _, one in sorted(fastest.items())]
-            path = write_tuned(tuning_key(loaded.target, folder), found, stamp=facts)
+    path = _keep(ran, loaded.target, folders=folders, stamp=facts)
+    settings = {
+        "model": shorten_path(model),
+        "data": shorten_path(str(data)),
+        "adapters": name_apart(folders),
+        "batch_sizes": sizes,
+        "dtype": weights or dtype or "float32",
+        "device": device,
+        "max_new_tokens": max_new_tokens,
+        "limit": limit,
+        "rounds": rounds,
+    }
     result = {
+        "settings": settings,
         "stamp": facts,
-        "model": model,
-        "adapters": [folder.name for folder in folders],
         "num_texts": len(texts),
         "costs": [{size: one.to_dict() for size, one in costs.items()} for costs in tuner.costs],
         "validated": [one.to_dict() for one in ran],
         "predictions": [one.to_dict() for one in predictions],
-        "tuning_file": str(path),
     }
     if json_output:
         print(json.dumps(result))
     else:
-        _print_summary(result)
+        _print_summary(result, path)
 
 
 def _parse_sizes(text: str) -> list[int]:
@@ -100,12 +108,26 @@ def _parse_sizes(text: str) -> list[int]:
     return sorted(sizes)
 
 
-def _print_summary(result: dict[str, Any]) -> None:
+def _keep(ran: Sequence[Prediction], target: Transformer, *, folders: Sequence[Path], stamp: dict[str, Any]) -> Path:
+    """Write what ran fastest with each adapter that ran; returns the tuning file."""
+    from kangaroo.tuning import tuning_file, tuning_key, write_tuned
+
+    for place, folder in enumerate(folders):
+        # The first of a batch size to have run is its fastest.
+        fastest = {one.setting.batch_size: one for one in reversed(ran) if one.setting.place == place}
+        if fastest:
+            found = [one.to_tuned() for _, one in sorted(fastest.items())]
+            write_tuned(tuning_key(target, folder), found, stamp=stamp)
+    return tuning_file()
+
+
+def _print_summary(result: dict[str, Any], tuning_file: Path) -> None:
     from rich.console import Console
     from rich.table import Table
 
     console = Console(highlight=False, soft_wrap=True)
-    many = len(result["adapters"]) > 1
+    adapters = result["settings"]["adapters"]
+    many = len(adapters) > 1
     header = ["batch", *(["adapter"] if many else []), "gamma", "eta", "draft", "tokens/step", "predicted", "measured"]
     table = Table(*header, "off by", title="the best settings as they ran beside plain decoding")
     sizes: list[int] = []
@@ -113,7 +135,7 @@ def _print_summary(result: dict[str, Any]) -> None:
         is_best = one["batch_size"] not in sizes
         sizes.append(one["batch_size"])
         draft = "chain" if one["num_siblings"] == 1 else f"tree of {one['max_nodes']}"
-        name = [result["adapters"][one["place"]]] if many else []
+        name = [adapters[one["place"]]] if many else []
         cells = [str(one["batch_size"]), *name, str(one["gamma"]), f"{one['eta']:g}", draft,
                  f"{one['measured_tokens_per_step']:.2f}", f"{one['speedup']:.2f}x", f"{one['measured']:.2f}x",
                  f"{one['error']:+.0%}"]  # fmt: skip
@@ -122,4 +144,4 @@ def _print_summary(result: dict[str, Any]) -> None:
     best = {size: max(one["measured"] for one in result["validated"] if one["batch_size"] == size) for size in sizes}
     for size in (size for size, measured in best.items() if measured <= 1):
         console.print(f"at batch size {size} none is faster than plain decoding here")
-    console.print(f"kept in {result['tuning_file']}: generate and bench use it for this adapter on this machine")
+    console.print(f"kept in {tuning_file}: generate and bench use it for this adapter on this machine")

@@ -1,12 +1,22 @@
 """Limits recomputed by hand."""
 
+from dataclasses import replace
+
 import pytest
 
 from kangaroo.bench import limits
-from kangaroo.bench.limits import count_bytes, describe_drafted, describe_plain, measure_bandwidth, num_weights
+from kangaroo.bench.limits import (
+    LevelCounter,
+    count_bytes,
+    describe_drafted,
+    describe_plain,
+    measure_bandwidth,
+    num_weights,
+)
 from kangaroo.bench.texts import Run
 from kangaroo.cost import StepCosts
 from kangaroo.model import packed
+from kangaroo.types import Draft, Outcome
 from tests.tiny import tiny_config, tiny_transformer
 
 PLAIN = Run(num_tokens=100, num_steps=100, num_drafted=0, num_accepted=0, num_timed=100, decode_time_s=2.0,
@@ -39,12 +49,31 @@ def test_plain_decoding_is_set_against_its_memory() -> None:
 
 
 def test_drafting_is_set_against_its_ideal() -> None:
-    found = describe_drafted(DRAFTED, PLAIN, costs=COSTS, speedup=1.6)
+    found = describe_drafted(DRAFTED, PLAIN, costs=COSTS, speedup=1.6, level_share=1.0)
     assert found["token_share"] == pytest.approx(0.1)
     assert found["ideal_speedup"] == pytest.approx(2.5 / (1 + 3 * 0.1))
     assert found["share"] == pytest.approx(1.6 / found["ideal_speedup"])
     assert list(found["parts_s"].values()) == pytest.approx([0.015, 0.003, 0.006, 0.004, 0.002])
     assert sum(found["parts_s"].values()) == pytest.approx(found["step_s"]) == 0.03
+
+
+def test_nodes_beside_others_cost_what_they_do() -> None:
+    costs = replace(COSTS, node_s=0.0005)
+    found = describe_drafted(DRAFTED, PLAIN, costs=costs, speedup=1.6, level_share=0.75)
+    # Three nodes a step, of which three quarters make the tree deeper.
+    assert found["levels_per_step"] == pytest.approx(2.25)
+    assert found["ideal_speedup"] == pytest.approx(2.5 / (1 + 2.25 * 0.1 + 0.75 * 0.025))
+    assert found["parts_s"]["drafting tokens"] == pytest.approx(2.25 * 0.002 + 0.75 * 0.0005)
+
+
+def test_levels_are_counted_apart_from_nodes() -> None:
+    counter = LevelCounter()
+    assert counter.level_share == 1.0
+    for parents, path in (([(-1, 0, 0, 1, 1)], [0, 1]), ([(-1, 0, 1)], [0]), ([(-1,)], [0])):
+        draft = Draft(tokens=[list(range(len(parents[0])))], parents=parents)
+        counter.observe(draft, Outcome((path,), ((7,),), ()), draft_time_s=1.0, verify_time_s=1.0)
+    assert (counter.num_drafted, counter.num_levels) == (6, 4)
+    assert counter.num_drafting == 2
 
 
 def test_bandwidth_is_measured_by_what_runs_the_model(monkeypatch: pytest.MonkeyPatch) -> None:

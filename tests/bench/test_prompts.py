@@ -6,7 +6,7 @@ from pathlib import Path
 
 import pytest
 
-from kangaroo.bench.prompts import BUILT_IN, Prompt, read_prompts
+from kangaroo.bench.prompts import BUILT_IN, Prompt, read_prompts, spread_prompts
 from kangaroo.errors import PromptError
 
 
@@ -37,6 +37,15 @@ def test_json_lines_name_their_prompts(tmp_path: Path) -> None:
     ]
     assert [one.fields for one in found] == lines
     assert read_prompts(packed) == found
+
+
+@pytest.mark.parametrize(
+    ("count", "limit", "chosen"),
+    [(10, 4, [0, 2, 5, 7]), (5, 3, [0, 1, 3]), (7, 1, [0]), (4, 4, [0, 1, 2, 3]), (3, 9, [0, 1, 2])],
+)
+def test_chosen_prompts_are_evenly_spread(count: int, limit: int, chosen: list[int]) -> None:
+    prompts = [Prompt(str(number), "x", {}) for number in range(count)]
+    assert [int(one.name) for one in spread_prompts(prompts, limit)] == chosen
 
 
 def test_built_in_prompts_are_a_dozen() -> None:

@@ -6,7 +6,7 @@ from pathlib import Path
 
 import pytest
 
-from kangaroo.bench.record import markdown_table, stamp, stamp_text, write_result
+from kangaroo.bench.record import markdown_table, name_apart, shorten_path, stamp, stamp_text, write_result
 from kangaroo.errors import OutputError
 
 
@@ -22,6 +22,25 @@ def test_stamp_names_command_versions_and_hardware_without_folders(monkeypatch: 
 def test_stamp_names_the_command_line_as_it_is_typed(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(sys, "argv", ["/home/me/bin/kangaroo", "bench", "spec-bench", "--output", "/data/out"])
     assert stamp()["command"] == "kangaroo bench spec-bench --output out"
+
+
+def test_a_path_is_shortened_and_a_hub_id_is_not(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    (tmp_path / "org" / "here").mkdir(parents=True)
+    monkeypatch.chdir(tmp_path)
+    monkeypatch.setenv("HOME", str(tmp_path))
+    named = {
+        "org/name": "org/name", "org/here": "here", "~/org": "org", "~/none/x": "x", ".": tmp_path.name,
+        "./org/": "org", "../a": "a", "/a/b.txt": "b.txt", "a/b/c": "c", "demo": "demo", "--model": "--model",
+    }  # fmt: skip
+    assert {text: shorten_path(text) for text in named} == named
+    monkeypatch.setattr(sys, "argv", ["/bin/kangaroo", "tune", "--model=org/name", "--data", str(tmp_path / "x.txt")])
+    assert stamp()["command"] == "kangaroo tune --model=org/name --data x.txt"
+
+
+def test_folders_are_named_by_as_much_as_tells_them_apart() -> None:
+    assert name_apart([Path("/a/x/adapter"), Path("/a/y/other")]) == ["adapter", "other"]
+    assert name_apart([Path("/a/x/adapter"), Path("/a/y/adapter")]) == ["x/adapter", "y/adapter"]
+    assert name_apart([Path("/x/adapter"), Path("/x/adapter")]) == ["adapter", "adapter"]
 
 
 def test_result_is_written_as_json_and_markdown(tmp_path: Path) -> None:

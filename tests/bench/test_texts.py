@@ -2,7 +2,7 @@
 
 import pytest
 
-from kangaroo.bench.texts import Decoder, Text, add_runs, decode_texts, race, split_texts
+from kangaroo.bench.texts import Decoder, Text, add_runs, decode_texts, fill_batches, race, split_texts
 from kangaroo.drafters.layer_skip import LayerSkipDrafter
 from kangaroo.drafters.plain import PlainDrafter
 from kangaroo.drafters.stopping import FixedLength
@@ -37,10 +37,18 @@ def test_a_race_counts_what_each_drafter_did(target: Transformer, texts: list[Te
     drafter = LayerSkipDrafter(target, NO_SKIPS, stopping=FixedLength(3))
     plain, drafted = race(target, [drafter], texts=texts, batch_size=2, num_rounds=2)
     assert plain.speedup == 1.0
+    # All rounds count: twice the 12 tokens behind the first of each of three texts.
+    assert (plain.run.num_tokens, drafted.run.num_tokens) == (72, 72)
     assert plain.run.tokens_per_step == 1.0
     assert drafted.run.tokens_per_step == 4.0
     assert drafted.run.acceptance_rate == 1.0
     assert drafted.speedup > 0
+
+
+def test_batches_are_filled_from_the_first_text_on() -> None:
+    assert fill_batches([1, 2, 3], 1) == fill_batches([1, 2, 3], 3) == [1, 2, 3]
+    assert fill_batches([1, 2, 3], 2) == [1, 2, 3, 1]
+    assert fill_batches([1, 2, 3], 7) == [1, 2, 3, 1, 2, 3, 1]
 
 
 def test_texts_are_split_into_groups_in_order() -> None:

@@ -10,10 +10,11 @@ from hypothesis import strategies as st
 from kangaroo import cost
 from kangaroo.bench import tune as tuning
 from kangaroo.bench.agreement import Judged, Step, follow_chains, follow_trees, judge_adapter
-from kangaroo.bench.texts import Text, decode_texts
+from kangaroo.bench.texts import Raced, Text, decode_texts, race
 from kangaroo.bench.tune import Prediction, Setting, Tuner, node_price, pick_best, predict, tune
-from kangaroo.cost import StepCosts
+from kangaroo.cost import Meter, StepCosts
 from kangaroo.drafters.adapter import Adapter
+from kangaroo.drafters.base import Prices
 from kangaroo.drafters.tree import Branching
 from kangaroo.errors import AdapterError, SettingsError
 from kangaroo.model import packed
@@ -43,6 +44,12 @@ def folders(tmp_path_factory: pytest.TempPathFactory) -> list[Path]:
         found.append(tmp_path_factory.mktemp("adapter"))
         Adapter.initialize(tame_transformer("llama", 1), 1, seed=seed).save(found[-1])
     return found
+
+
+def priced(price: float) -> Meter:
+    meter = Meter()
+    meter.prices = Prices(price, price)
+    return meter
 
 
 def test_a_speedup_is_plain_time_over_that_of_the_steps() -> None:
@@ -85,7 +92,63 @@ def test_a_tree_without_siblings_is_a_chain(rows: list[tuple[bool, float]], gamm
     judged = Judged([right for right, _ in rows], [sure for _, sure in rows], [0 if right else 1 for right, _ in rows],
                     [[sure] for _, sure in rows])  # fmt: skip
     trees = follow_trees(judged, Branching(1), gamma=gamma, eta=eta, price=0.5)
-    assert list(trees) == list(follow_chains(judged, gamma=gamma, eta=eta))
+    assert list(trees) == list(follow_chains(judged, gamma=gamma, eta=eta, price=0.5))
+
+
+def test_a_chain_ends_where_the_confidences_on_the_way_promise_less_than_the_price() -> None:
+    judged = Judged([True] * 8, [0.3, 0.9, 0.9, 0.9, 0.6, 0.9, 0.9, 0.9])
+    # The first always joins; 0.3 x 0.9 pays, 0.3 x 0.9 x 0.9 does not, though it was guessed. 0.9 x 0.6 x 0.9 pays no
+    # more than 0.3 x 0.9, and the last token is the bonus.
+    steps = list(follow_chains(judged, gamma=6, eta=0.0, price=0.26))
+    assert steps == [Step(2, 3, 2), Step(4, 4, 4)]
+    assert list(follow_chains(judged, gamma=6, eta=0.0, price=0.5)) == [Step(1, 2, 1), Step(2, 3, 2), Step(2, 2, 2)]
+
+
+def test_predicted_chains_are_those_of_the_engine_at_the_same_price(
+    target: Transformer, texts: list[Text], folders: list[Path]
+) -> None:
+    tuner, lengths = Tuner(target, texts, adapters=folders[:1]), []
+    for price in (0.0, 3e-5, 0.004, 1.0):
+        tuner.costs[0][1] = replace(ONE, verify_s={1: 0.0, 8: 7 * 10 * price})
+        setting = Setting(0, 1, 5, 0.0)
+        made = predict(setting, tuner._follow(setting), costs=tuner.costs[0])
+        (ran,) = tuner.validate([made], batch_size=1, num_rounds=1)
+        assert ran.measured_tokens_per_step == made.tokens_per_step
+        _, raced = race(target, [tuner.drafter(setting)], texts=texts, paces=[priced(price)], num_rounds=1)
+        # Behind a miss the confidences are not those that were judged.
+        assert raced.run.num_drafted / raced.run.num_steps == pytest.approx(made.drafted_per_step, rel=0.1)
+        lengths.append(made.drafted_per_step)
+    assert lengths == sorted(lengths, reverse=True)
+    assert len(set(lengths)) == 4
+
+
+def test_each_adapter_runs_at_its_own_price(
+    target: Transformer, texts: list[Text], folders: list[Path], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    tuner, seen = Tuner(target, texts, adapters=folders), list[Prices]()
+    for place, row_s in enumerate((1.0, 3.0)):
+        tuner.costs[place][1] = replace(ONE, verify_s={1: 0.0, 8: 7 * row_s})
+
+    def spy(*args: object, paces: list[Meter], **rest: object) -> list[Raced]:
+        seen.extend(pace.prices for pace in paces)
+        return race(*args, paces=paces, **rest)  # type: ignore[arg-type]
+
+    monkeypatch.setattr(tuning, "race", spy)
+    made = [predict(setting, tuner._follow(setting), costs=tuner.costs[setting.place])
+            for setting in (Setting(0, 1, 2, 0.0), Setting(1, 1, 2, 0.0))]  # fmt: skip
+    tuner.validate(made, batch_size=1, num_rounds=1)
+    assert seen == [pytest.approx((0.1, 0.1)), pytest.approx((0.3, 0.3))]
+
+
+def test_too_few_texts_fill_a_batch_by_turns(target: Transformer, texts: list[Text], folders: list[Path]) -> None:
+    tuner = Tuner(target, texts, adapters=folders[:1])
+    tuner.costs[0].update({1: ONE, 5: replace(TWO, batch_size=5)})
+    setting = Setting(0, 5, 1, 0.0)
+    steps = tuner._follow(setting)
+    assert len(texts) == 2
+    assert [steps.index(one) for one in steps] == [0, 1, 0, 1, 0]
+    (ran,) = tuner.validate([predict(setting, steps, costs=tuner.costs[0])], batch_size=5, num_rounds=1)
+    assert ran.measured_tokens_per_step == pytest.approx(ran.tokens_per_step)
 
 
 def test_ranks_say_which_guess_was_right(target: Transformer, texts: list[Text], folders: list[Path]) -> None:

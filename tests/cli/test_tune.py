@@ -2,12 +2,17 @@
 
 import json
 import math
+import shutil
 from pathlib import Path
 
 import pytest
 
 from kangaroo import cost
 from kangaroo.bench import limits, tune
+from kangaroo.drafters.base import MAX_NODES
+from kangaroo.engine.pace import Pace
+from kangaroo.model.checkpoint import load_model
+from kangaroo.tuning import Tuned, tuning_key, write_tuned
 
 from .conftest import Run
 
@@ -31,7 +36,7 @@ def run_tune(run: Run, model: Path, data: Path, *more: object) -> tuple[object, 
     return run("tune", "--model", model, "--data", data, "--max-new-tokens", 12, "--rounds", 1, *more)
 
 
-def test_tuning_is_kept_and_generate_takes_it(run: Run, model_folder: Path, prompts: Path, cache_folder: Path) -> None:
+def test_tuning_is_kept(run: Run, model_folder: Path, prompts: Path, cache_folder: Path) -> None:
     status, out, err = run_tune(run, model_folder, prompts, "--batch-sizes", "2,1", "--json")
     assert (status, err) == (0, "")
     result = json.loads(out)
@@ -45,9 +50,41 @@ def test_tuning_is_kept_and_generate_takes_it(run: Run, model_folder: Path, prom
         assert one["measured"] == max(other["measured"] for other in ran)
         assert one["gamma"] == ran[0]["gamma"]
     assert json.loads(run("env", "--json").out)["tuned_adapters"] == 1
-    argv = ("generate", "--model", model_folder, "--prompt", "one", "--max-new-tokens", 12, "--json")
-    tuned, plain = json.loads(run(*argv).out), json.loads(run(*argv, "--drafter", "plain").out)
-    assert tuned["token_ids"] == plain["token_ids"]
+    assert result["settings"] == {
+        "model": model_folder.name, "data": "prompts.txt", "adapters": ["adapter"], "batch_sizes": [1, 2],
+        "dtype": "float32", "device": "cpu", "max_new_tokens": 12, "limit": 24, "rounds": 1,
+    }  # fmt: skip
+    assert str(model_folder.parent) not in out
+    assert str(cache_folder) not in out
+
+
+def test_generate_drafts_as_was_tuned(run: Run, model_folder: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(Pace, "limit", lambda self, sequences: MAX_NODES)
+    key = tuning_key(load_model(str(model_folder)).target, model_folder / "adapter")
+    argv = ("generate", "--model", model_folder, "--prompt", "one", "--max-new-tokens", 16, "--ignore-eos", "--json")
+    plain = json.loads(run(*argv, "--drafter", "plain").out)
+    per_step = {}
+    for gamma in (1, 4):
+        tuned = Tuned(batch_size=1, gamma=gamma, eta=0, num_siblings=1, max_nodes=64, predicted=1.0, measured=1.0)
+        write_tuned(key, [tuned], stamp={})
+        found = json.loads(run(*argv).out)
+        assert found["token_ids"] == plain["token_ids"]
+        per_step[gamma] = found["num_drafted"] / found["num_steps"]
+    assert per_step[1] <= 1
+    assert per_step[4] > 2
+
+
+def test_adapters_of_one_name_are_told_apart(
+    run: Run, model_folder: Path, prompts: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(tune, "GAMMAS", (1, 2))
+    folders = [tmp_path / name / "adapter" for name in ("one", "two")]
+    for folder in folders:
+        shutil.copytree(model_folder / "adapter", folder)
+    argv = [word for folder in folders for word in ("--adapter", folder)]
+    status, out, err = run_tune(run, model_folder, prompts, "--batch-sizes", "1", "--json", *argv)
+    assert (status, err) == (0, "")
+    assert json.loads(out)["settings"]["adapters"] == ["one/adapter", "two/adapter"]
 
 
 def test_a_table_shows_prediction_and_measurement(run: Run, model_folder: Path, prompts: Path) -> None:
@@ -84,16 +121,30 @@ def test_what_is_missing_is_said_in_one_line(
 
 
 def test_limits_are_told_to_people_and_machines(run: Run, model_folder: Path, prompts: Path) -> None:
+    key = tuning_key(load_model(str(model_folder)).target, model_folder / "adapter")
+    tuned = Tuned(batch_size=1, gamma=3, eta=0, num_siblings=3, max_nodes=16, predicted=1.0, measured=1.0)
+    write_tuned(key, [tuned], stamp={})
     argv = ("bench", "limits", "--model", model_folder, "--data", prompts, "--max-new-tokens", 12)
     status, out, err = run(*argv, "--json")
     assert (status, err) == (0, "")
     found = json.loads(out)
+    assert str(model_folder.parent) not in out
+    assert found["settings"] == {
+        "model": model_folder.name, "data": "prompts.txt", "adapter": "adapter", "exit_layer": None, "gamma": 3,
+        "eta": 0.0, "num_siblings": 3, "max_nodes": 16, "dtype": "float32", "device": "cpu", "max_new_tokens": 12,
+        "limit": 24,
+    }  # fmt: skip
     assert found["plain"]["share"] == pytest.approx(
         found["plain"]["tokens_per_s"] / found["plain"]["ideal_tokens_per_s"]
     )
     assert found["drafted"]["ideal_speedup"] == pytest.approx(
         found["drafted"]["tokens_per_step"]
-        / (1 + found["drafted"]["drafted_per_step"] * found["drafted"]["token_share"])
+        / (
+            1
+            + found["drafted"]["levels_per_step"] * found["drafted"]["token_share"]
+            + (found["drafted"]["drafted_per_step"] - found["drafted"]["levels_per_step"])
+            * found["drafted"]["node_share"]
+        )
     )
     for part in ("plain", "drafted"):
         assert math.isclose(sum(found[part]["parts_s"].values()), found[part]["step_s"])

@@ -80,12 +80,13 @@ def compare(
 
     from kangaroo.bench.contenders.roster import Parts, build_contenders, choose_names, max_text_tokens
     from kangaroo.bench.prompts import encode_prompt, read_prompts
-    from kangaroo.bench.record import markdown_table, stamp, stamp_text, write_result
+    from kangaroo.bench.record import markdown_table, shorten_path, stamp, stamp_text, write_result
     from kangaroo.model.checkpoint import find_folder, load_model
 
-    settings = {"model": _name(model), "prompts": prompts.name, "limit": limit, "max_new_tokens": max_new_tokens,
-                "rounds": rounds, "dtype": dtype, "adapter": _name(adapter),
-                "draft_model": _name(draft_model)}  # fmt: skip
+    settings = {"model": shorten_path(model), "prompts": prompts.name, "limit": limit,
+                "max_new_tokens": max_new_tokens, "rounds": rounds, "dtype": dtype,
+                "adapter": adapter and shorten_path(adapter),
+                "draft_model": draft_model and shorten_path(draft_model)}  # fmt: skip
     parts = Parts(dtype=dtype, adapter=adapter, draft_model=draft_model, vllm_python=vllm_python)
     wanted, names = read_prompts(prompts, limit=limit), choose_names(contenders or (), find_folder(model), parts=parts)
     if output is not None:
@@ -133,11 +134,6 @@ def _measure(
             other=OTHER,
             advance=lambda: bar.advance(task),
         )
-
-
-def _name(model: str | None) -> str | None:
-    """Of a folder only the last part, as in a stamp; a hub id as it is."""
-    return Path(model).name if model is not None and Path(model).expanduser().is_dir() else model
 
 
 def _cells(row: dict[str, Any]) -> list[str]:

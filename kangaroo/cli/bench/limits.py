@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+from dataclasses import asdict, replace
 from pathlib import Path
 from typing import TYPE_CHECKING, Annotated, Any
 
@@ -43,31 +44,43 @@ def limits(
     """Compare plain and Kangaroo's decoding with what the machine's memory allows, batches of one.
 
     Plain decoding is bound by reading the weights and the text's keys and values for every token, drafting by tokens
-    per step / (1 + drafted per step x a drafted token's share of a plain step).
+    per step / (1 + levels drafted per step x a level's share of a plain step), to which a tree adds the nodes beside.
     """
     from rich.console import Console
 
     from kangaroo.bench.limits import find_limits
-    from kangaroo.bench.prompts import BUILT_IN, read_prompts
-    from kangaroo.bench.record import stamp
+    from kangaroo.bench.prompts import BUILT_IN, read_prompts, spread_prompts
+    from kangaroo.bench.record import shorten_path, stamp
     from kangaroo.bench.texts import decode_texts
+    from kangaroo.bench.tune import LEAST_ETA, NUM_SIBLINGS
     from kangaroo.drafters.settings import KangarooSettings
     from kangaroo.llm import build_drafter
     from kangaroo.model.checkpoint import load_model
+    from kangaroo.tuning import apply_tuning
 
-    prompts = read_prompts(data or BUILT_IN)
-    prompts = prompts[:: max(1, len(prompts) // limit)][:limit]
+    prompts = spread_prompts(read_prompts(data or BUILT_IN), limit)
     with Console(stderr=True).status("loading the model") as status:
         loaded = load_model(model, dtype=dtype, weights=weights, device=device)
-        drafter = build_drafter(loaded, KangarooSettings(adapter=adapter, gamma=gamma, eta=eta))
-        chains = KangarooSettings(adapter=adapter, gamma=6, eta=0.0, num_siblings=1, max_nodes=64)
+        settings = apply_tuning(KangarooSettings(adapter=adapter, gamma=gamma, eta=eta), loaded)
+        chains = replace(settings, gamma=6, eta=LEAST_ETA, num_siblings=1, max_nodes=64)
+        every = (settings, chains, replace(chains, num_siblings=NUM_SIBLINGS))
+        used, chain, tree = (build_drafter(loaded, one) for one in every)
         status.update("continuing the prompts")
         encoded = [loaded.tokenizer.encode(prompt.text) for prompt in prompts]
         texts = decode_texts(loaded.target, encoded, eos_ids=loaded.eos_ids, max_new_tokens=max_new_tokens)
         status.update("measuring")
-        found = find_limits(loaded.target, (drafter, build_drafter(loaded, chains)), texts=texts)
-    storage = weights or dtype or "float32"
-    result = {"stamp": stamp(), "model": model, "dtype": storage, "num_texts": len(texts), **found}
+        found = find_limits(loaded.target, (used, chain, tree), texts=texts)
+    described = {
+        "model": shorten_path(model),
+        "data": shorten_path(str(data or BUILT_IN)),
+        **asdict(settings),
+        "adapter": shorten_path(str(settings.adapter or loaded.adapter_folder)),
+        "dtype": weights or dtype or "float32",
+        "device": device,
+        "max_new_tokens": max_new_tokens,
+        "limit": limit,
+    }
+    result = {"settings": described, "stamp": stamp(), "num_texts": len(texts), **found}
     if json_output:
         print(json.dumps(result))
     else:
@@ -77,7 +90,8 @@ def limits(
 def _print_summary(console: Console, result: dict[str, Any]) -> None:
     plain, drafted = result["plain"], result["drafted"]
     num_bytes = plain["weight_bytes"] + plain["cache_bytes"]
-    console.print(f"[bold]{result['model']}[/bold] in {result['dtype']} on {result['stamp']['cpu']}, "
+    settings = result["settings"]
+    console.print(f"[bold]{settings['model']}[/bold] in {settings['dtype']} on {result['stamp']['cpu']}, "
                   f"{result['stamp']['kernel_backend']} kernels")  # fmt: skip
     console.print(f"memory reads {result['bandwidth_bytes_per_s'] / 1e9:.1f} GB/s; a plain token reads "
                   f"{num_bytes / 1e6:.1f} MB: {plain['weight_bytes'] / 1e6:.1f} MB of weights and "
@@ -88,9 +102,11 @@ def _print_summary(console: Console, result: dict[str, Any]) -> None:
     if plain["share"] > 1:
         console.print("more than memory allows: a part of the weights stays in the processor's caches")
     _print_parts(console, plain)
+    num_beside = drafted["drafted_per_step"] - drafted["levels_per_step"]
+    beside = f" + {num_beside:.2f} beside x {drafted['node_share']:.3f}" if num_beside > 0 else ""
     console.print(f"\n[bold]Kangaroo[/bold]: {drafted['speedup']:.2f}x of {drafted['ideal_speedup']:.2f}x, "
                   f"{drafted['share']:.0%} of the limit: {drafted['tokens_per_step']:.2f} tokens per step / (1 + "
-                  f"{drafted['drafted_per_step']:.2f} drafted x {drafted['token_share']:.3f})")  # fmt: skip
+                  f"{drafted['levels_per_step']:.2f} drafted x {drafted['token_share']:.3f}{beside})")  # fmt: skip
     _print_parts(console, drafted)
 
 
