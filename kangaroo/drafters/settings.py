@@ -22,6 +22,10 @@ class PlainSettings:
     name: ClassVar[str] = "plain"
 
 
+# Draft & Verify's own.
+ADAPTIVE = AdaptiveSettings()
+
+
 @dataclass(frozen=True)
 class KangarooSettings:
     """How Kangaroo drafts.

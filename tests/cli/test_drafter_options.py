@@ -132,6 +132,6 @@ def test_flag_that_the_drafter_does_not_have_is_refused(
 
 
 def test_threshold_is_fixed_or_adaptive() -> None:
-    with pytest.raises(typer.BadParameter, match="^it does nothing beside --alpha; leave") as info:
+    with pytest.raises(typer.BadParameter, match=r"^it does nothing beside --alpha; leave") as info:
         drafter_settings("layer_skip", {"eta": 0.5, "alpha": 0.9})
     assert (info.value.param_hint, info.value.exit_code) == ("--eta", 2)

@@ -54,14 +54,14 @@ def limits(
     from kangaroo.bench.texts import decode_texts
     from kangaroo.bench.tune import LEAST_ETA, NUM_SIBLINGS
     from kangaroo.drafters.settings import KangarooSettings
-    from kangaroo.llm import build_drafter
+    from kangaroo.llm import build_drafter, resolve_settings
     from kangaroo.model.checkpoint import load_model
-    from kangaroo.tuning import apply_tuning
 
     prompts = spread_prompts(read_prompts(data or BUILT_IN), limit)
     with Console(stderr=True).status("loading the model") as status:
         loaded = load_model(model, dtype=dtype, weights=weights, device=device)
-        settings = apply_tuning(KangarooSettings(adapter=adapter, gamma=gamma, eta=eta), loaded)
+        settings = resolve_settings(loaded, KangarooSettings(adapter=adapter, gamma=gamma, eta=eta))
+        assert isinstance(settings, KangarooSettings), "settings keep their kind"
         chains = replace(settings, gamma=6, eta=LEAST_ETA, num_siblings=1, max_nodes=64)
         every = (settings, chains, replace(chains, num_siblings=NUM_SIBLINGS))
         used, chain, tree = (build_drafter(loaded, one) for one in every)
