@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from typing import ClassVar, Protocol
 
 from kangaroo.drafters.stopping import AdaptiveSettings
@@ -20,10 +20,6 @@ class PlainSettings:
     """Plain decoding has nothing to set."""
 
     name: ClassVar[str] = "plain"
-
-
-# Draft & Verify's own.
-ADAPTIVE = AdaptiveSettings()
 
 
 @dataclass(frozen=True)
@@ -176,7 +172,7 @@ class LayerSkipSettings:
     name: ClassVar[str] = "layer_skip"
     skip_layers: str | None = None
     gamma: int = 8
-    eta: float | AdaptiveSettings = ADAPTIVE
+    eta: float | AdaptiveSettings = field(default_factory=AdaptiveSettings)
     num_siblings: int = 1
     max_nodes: int = 64
 

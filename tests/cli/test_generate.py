@@ -11,6 +11,8 @@ from pathlib import Path
 import pytest
 
 from kangaroo.cli.generate import generate
+from kangaroo.drafters.settings import SETTINGS
+from kangaroo.drafters.stopping import AdaptiveSettings
 from kangaroo.llm import LLM
 from kangaroo.types import Completion, SamplingParams
 
@@ -70,6 +72,11 @@ def test_stream_prints_the_json_text(run: Run, model_folder: Path, sampling: lis
 def test_drafters_write_one_text(run: Run, model_folder: Path) -> None:
     argv = ["generate", "--model", model_folder, *SHORT, "--temperature", 0.8, "--seed", 3]
     assert run(*argv, "--drafter", "plain").out == run(*argv, "--drafter", "kangaroo", "--eta", 0, "--gamma", 4).out
+
+
+def test_every_setting_of_a_drafter_is_a_flag() -> None:
+    known = {field.name for made in (*SETTINGS.values(), AdaptiveSettings) for field in fields(made)}
+    assert known <= set(signature(generate).parameters)
 
 
 def test_every_field_of_sampling_params_is_a_flag() -> None:
@@ -241,6 +248,7 @@ def check_refused(run: Run, argv: list[object], fragment: str) -> None:
         (["--eta", 1.5], "eta must be in [0, 1], got 1.5"),
         (["--eta", -0.1], "eta must be in [0, 1], got -0.1"),
         (["--eta", "nan"], "eta must be in [0, 1], got nan"),
+        (["--alpha", 1.5], "alpha must be in [0, 1], got 1.5"),
         (["--exit-layer", 0], "exit_layer must be in 1..3, got 0"),
         (["--exit-layer", 4], "exit_layer must be in 1..3, got 4"),
         (["--exit-layer", 2], "was trained at exit layer 1, got exit_layer 2"),

@@ -99,7 +99,7 @@ def make_sequences(count: int) -> list[DecodedSequence]:
 
 
 def begin(
-    clock: Clock, free: Sequence[Source], models: Sequence[Source], num_sequences: int = 1
+    free: Sequence[Source], models: Sequence[Source], num_sequences: int = 1
 ) -> tuple[AutoDrafter, list[DecodedSequence]]:
     drafter, sequences = AutoDrafter(free, models), make_sequences(num_sequences)
     drafter.begin(sequences, num_slots=64)
@@ -130,7 +130,7 @@ def test_model_that_earns_most_is_asked_once_all_are_known(
     clock: Clock, earns: tuple[int, int], costs_s: tuple[float, float]
 ) -> None:
     models = [Source(number, clock, earns[number], costs_s[number]) for number in range(2)]
-    drafter, sequences = begin(clock, [], models)
+    drafter, sequences = begin([], models)
     ends = take_steps(clock, drafter, sequences, num_steps=8)
     assert ends[:2] == [[100], [101]]
     # A first draft does not tell what others cost, a second one in a row does.
@@ -140,7 +140,7 @@ def test_model_that_earns_most_is_asked_once_all_are_known(
 
 def test_catching_up_with_a_text_is_no_part_of_what_drafts_cost(clock: Clock) -> None:
     model = Source(1, clock, 5, 0.5)
-    drafter, sequences = begin(clock, [], [model])
+    drafter, sequences = begin([], [model])
     for _ in range(3):
         model.cost_s = 10.0
         assert take_steps(clock, drafter, sequences, num_steps=1) == [[101]]
@@ -156,7 +156,7 @@ def test_catching_up_with_a_text_is_no_part_of_what_drafts_cost(clock: Clock) ->
     assert known.draft_s / known.timed == pytest.approx(0.5)
 
 
-def test_draft_that_caught_up_and_took_less_than_others_counts(clock: Clock) -> None:
+def test_draft_that_caught_up_and_took_less_than_others_counts() -> None:
     earnings = Earnings()
     earnings.add(4, 4, draft_s=50.0, is_steady=False)
     assert earnings.timed == 0
@@ -172,7 +172,7 @@ def test_draft_that_caught_up_and_took_less_than_others_counts(clock: Clock) -> 
 
 def test_texts_that_draft_with_one_that_catches_up_do_not_pay_for_it(clock: Clock) -> None:
     model = Source(1, clock, 5, 0.5)
-    drafter, sequences = begin(clock, [], [model], 2)
+    drafter, sequences = begin([], [model], 2)
     take_steps(clock, drafter, sequences[:1], num_steps=5)
     model.cost_s = 10.0
     take_steps(clock, drafter, sequences, num_steps=1)
@@ -182,13 +182,13 @@ def test_texts_that_draft_with_one_that_catches_up_do_not_pay_for_it(clock: Cloc
 
 def test_model_that_has_nothing_to_say_leaves_the_step_to_what_was_looked_up(clock: Clock) -> None:
     lookup, silent = Lookup(clock, 2), Source(1, clock, 0)
-    drafter, sequences = begin(clock, [lookup], [silent])
+    drafter, sequences = begin([lookup], [silent])
     assert take_steps(clock, drafter, sequences, num_steps=40)[-1] == [RIGHT]
 
 
 def test_model_that_has_nothing_to_say_does_not_keep_others_from_drafting(clock: Clock) -> None:
     silent, model = Source(0, clock, 0), Source(1, clock, 5)
-    drafter, sequences = begin(clock, [], [silent, model])
+    drafter, sequences = begin([], [silent, model])
     ends = take_steps(clock, drafter, sequences, num_steps=40)
     # But for two tries.
     assert [step for step, row in enumerate(ends) if row != [101]] == [0, 17]
@@ -196,14 +196,14 @@ def test_model_that_has_nothing_to_say_does_not_keep_others_from_drafting(clock:
 
 
 def test_what_a_lookup_brought_is_not_what_a_silent_model_earned(clock: Clock) -> None:
-    drafter, sequences = begin(clock, [Lookup(clock, 11)], [Source(1, clock, 0)])
+    drafter, sequences = begin([Lookup(clock, 11)], [Source(1, clock, 0)])
     take_steps(clock, drafter, sequences, num_steps=1)
     assert drafter._earnings == [Earnings(steps=1.0, tokens=1.0, nodes=1.0)]
 
 
 def test_chain_is_cut_behind_the_last_guess_that_pays(clock: Clock) -> None:
     lookup = Lookup(clock, 4)
-    drafter, sequences = begin(clock, [lookup], [])
+    drafter, sequences = begin([lookup], [])
     take_steps(clock, drafter, sequences, num_steps=60)
     batch = Batch(None, None, sequences)  # type: ignore[arg-type]
     assert list(drafter.draft(batch).tokens[0]) == [99, RIGHT, RIGHT, RIGHT]
@@ -217,7 +217,7 @@ def test_what_a_node_costs_is_one_price_for_trees_and_for_chains_that_pay_one(cl
             return super().draft(batch)
 
     prices: list[Prices] = []
-    drafter, sequences = begin(clock, [], [Priced(1, clock, 5)])
+    drafter, sequences = begin([], [Priced(1, clock, 5)])
     take_steps(clock, drafter, sequences, num_steps=5)
     drafter.draft(Batch(None, None, sequences, prices=Prices(0.3, chain)))  # type: ignore[arg-type]
     assert prices[-1].branch < 0.3
@@ -225,13 +225,13 @@ def test_what_a_node_costs_is_one_price_for_trees_and_for_chains_that_pay_one(cl
 
 
 def test_what_is_always_wrong_is_no_longer_verified(clock: Clock) -> None:
-    drafter, sequences = begin(clock, [Lookup(clock, 1)], [])
+    drafter, sequences = begin([Lookup(clock, 1)], [])
     assert take_steps(clock, drafter, sequences, num_steps=100)[-1] == [99]
 
 
 def test_guesses_that_were_not_verified_teach_as_well(clock: Clock) -> None:
     lookup, model = Lookup(clock, 1), Source(1, clock, 5, 0.1)
-    drafter, sequences = begin(clock, [lookup], [model])
+    drafter, sequences = begin([lookup], [model])
     assert take_steps(clock, drafter, sequences, num_steps=30)[-1] == [101]
     lookup.earns = 11
     assert take_steps(clock, drafter, sequences, num_steps=60)[-1] == [RIGHT]
@@ -240,7 +240,7 @@ def test_guesses_that_were_not_verified_teach_as_well(clock: Clock) -> None:
 
 def test_confidence_of_a_lookup_tells_which_of_its_guesses_to_believe(clock: Clock) -> None:
     lookup = Lookup(clock, 1)
-    drafter, sequences = begin(clock, [lookup], [])
+    drafter, sequences = begin([lookup], [])
     for _ in range(60):
         lookup.earns, lookup.confidence = 1, 0.5
         unsure = take_steps(clock, drafter, sequences, num_steps=1)
@@ -250,14 +250,14 @@ def test_confidence_of_a_lookup_tells_which_of_its_guesses_to_believe(clock: Clo
 
 
 def test_model_that_never_wins_is_tried_less_and_less(clock: Clock) -> None:
-    drafter, sequences = begin(clock, [], [Source(1, clock, 1)])
+    drafter, sequences = begin([], [Source(1, clock, 1)])
     ends = take_steps(clock, drafter, sequences, num_steps=100)
     assert [step for step, row in enumerate(ends) if row == [101]] == [0, 17, 50]
 
 
 def test_model_that_got_better_is_kept(clock: Clock) -> None:
     model = Source(1, clock, 1)
-    drafter, sequences = begin(clock, [], [model])
+    drafter, sequences = begin([], [model])
     take_steps(clock, drafter, sequences, num_steps=10)
     model.earns = 30
     assert take_steps(clock, drafter, sequences, num_steps=20)[-10:] == [[101]] * 10
@@ -265,7 +265,7 @@ def test_model_that_got_better_is_kept(clock: Clock) -> None:
 
 def test_sequence_that_may_not_be_guessed_for_is_not_asked_for(clock: Clock) -> None:
     model = Source(0, clock, 3)
-    drafter, sequences = begin(clock, [], [model], 2)
+    drafter, sequences = begin([], [model], 2)
     sequences[0].max_draft = 0
     assert take_steps(clock, drafter, sequences, num_steps=3) == [[99, 100]] * 3
     assert model.asked == [[sequences[1]]] * 3
@@ -273,7 +273,7 @@ def test_sequence_that_may_not_be_guessed_for_is_not_asked_for(clock: Clock) -> 
 
 def test_every_text_has_a_best_earner_of_its_own(clock: Clock) -> None:
     models = [Source(0, clock, 0), Source(1, clock, 0)]
-    drafter, sequences = begin(clock, [], models, 3)
+    drafter, sequences = begin([], models, 3)
     first, second, third = sequences
     models[0].earns = {first: 6, second: 1, third: 6}
     models[1].earns = {first: 1, second: 6, third: 1}
@@ -287,7 +287,7 @@ def test_every_text_has_a_best_earner_of_its_own(clock: Clock) -> None:
 
 def test_new_text_starts_with_what_earned_most_in_others(clock: Clock) -> None:
     models = [Source(0, clock, 3), Source(1, clock, 5)]
-    drafter, sequences = begin(clock, [], models)
+    drafter, sequences = begin([], models)
     take_steps(clock, drafter, sequences, num_steps=5)
     fresh = make_sequences(1)
     drafter.begin(fresh, num_slots=64)
@@ -299,7 +299,7 @@ def test_new_text_starts_with_what_earned_most_in_others(clock: Clock) -> None:
 
 def test_ended_sequences_are_forgotten_by_all(clock: Clock) -> None:
     sources = [Lookup(clock, 2), Source(1, clock, 5)]
-    drafter, sequences = begin(clock, sources[:1], sources[1:], 2)
+    drafter, sequences = begin(sources[:1], sources[1:], 2)
     assert sources[0].held == sources[1].held == drafter._memory.keys() == set(sequences)
     drafter.end(sequences[:1])
     assert sources[0].held == sources[1].held == drafter._memory.keys() == {sequences[1]}
@@ -315,7 +315,7 @@ def test_tokens_on_a_device_are_read_without_their_padding(clock: Clock) -> None
             return Draft(torch.tensor(rows), draft.parents)
 
     source = OnDevice(0, clock, 3)
-    drafter, sequences = begin(clock, [], [source], 2)
+    drafter, sequences = begin([], [source], 2)
     source.earns = {sequences[0]: 0, sequences[1]: 1}
     batch = Batch(None, None, sequences)  # type: ignore[arg-type]
     assert [*map(list, drafter.draft(batch).tokens)] == [[99], [99, 100]]

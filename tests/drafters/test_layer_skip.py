@@ -163,7 +163,7 @@ def test_one_threshold_learns_from_all_sequences() -> None:
             seen.append((num_drafted, num_accepted))
             super().observe(num_drafted, num_accepted)
 
-    target, policy = make_target("llama", "native"), Counting(4, initial_threshold=0.1)
+    target, policy = make_target("llama", "native"), Counting(4, AdaptiveSettings(initial_threshold=0.1))
     done = run(target, LayerSkipDrafter(target, SKIPS, stopping=policy), PARAMS["greedy"])
     assert len(seen) == sum(one.num_steps for one in done) - sum(one.accepted_lengths[-1] == 1 for one in done)
     assert sum(drafted for drafted, _ in seen) == sum(one.num_drafted for one in done)

@@ -4,6 +4,7 @@ import functools
 import random
 import tempfile
 from collections.abc import Callable
+from collections.abc import Sequence as SequenceOf
 from dataclasses import dataclass, replace
 from pathlib import Path
 
@@ -113,9 +114,9 @@ def layer_skip(stopping: StoppingPolicy, branching: Branching = CHAIN) -> Factor
     return lambda target, texts: LayerSkipDrafter(target, skips, stopping=stopping, branching=branching)
 
 
-def medusa(branching: Branching = CHAIN) -> Factory:
+def medusa(stopping: StoppingPolicy, branching: Branching = CHAIN) -> Factory:
     """Heads that learned greedy texts of their target."""
-    return lambda target, texts: MedusaDrafter(target, heads(target), stopping=FixedLength(3), branching=branching)
+    return lambda target, texts: MedusaDrafter(target, heads(target), stopping=stopping, branching=branching)
 
 
 def retrieval(settings: RetrievalSettings) -> Factory:
@@ -134,11 +135,14 @@ def gated(factory: Factory, threshold: float) -> Factory:
     return lambda target, texts: GatedDrafter(target, factory(target, texts), threshold=threshold)
 
 
-def auto(free: Factory, model: Factory) -> Factory:
-    return lambda target, texts: AutoDrafter([free(target, texts)], [model(target, texts)])
+def auto(free: SequenceOf[Factory], models: SequenceOf[Factory]) -> Factory:
+    return lambda target, texts: AutoDrafter(
+        [factory(target, texts) for factory in free], [factory(target, texts) for factory in models]
+    )
 
 
 FOUR_SIBLINGS = PromptLookupSettings(max_ngram=2, num_tokens=20, num_siblings=4)
+ADAPTIVE = AdaptiveSettings(epsilon=0.0001, initial_threshold=0.01)
 CASES = [
     Case("plain", lambda target, texts: PlainDrafter(), frozenset()),
     Case("always_right", follow(scripts.always_right), frozenset({ALL})),
@@ -152,6 +156,7 @@ CASES = [
     Case("kangaroo-fixed6", kangaroo(FixedLength(6))),
     Case("kangaroo-eta0.1", kangaroo(ConfidenceThreshold(6, 0.1))),
     Case("kangaroo-eta1", kangaroo(ConfidenceThreshold(6, 1.0)), frozenset({NONE, ALL})),
+    Case("kangaroo-adaptive", kangaroo(AdaptiveThreshold(6, ADAPTIVE))),
     Case("kangaroo-tree-fixed4", kangaroo(FixedLength(4), Branching(3, 16))),
     Case("kangaroo-tree-eta0.1", kangaroo(ConfidenceThreshold(6, 0.1), Branching(2, 64))),
     Case("kangaroo-mlp", kangaroo(FixedLength(6), kind="mlp", noise=LITTLE)),
@@ -167,18 +172,21 @@ CASES = [
     Case("draft_model-eta0.1", draft_model(ConfidenceThreshold(6, 0.1))),
     Case("draft_model-tree", draft_model(ConfidenceThreshold(6, 0.1), Branching(3, 16))),
     Case("layer_skip", layer_skip(FixedLength(4))),
+    Case("layer_skip-eta0.1", layer_skip(ConfidenceThreshold(6, 0.1))),
     Case("layer_skip-tree", layer_skip(FixedLength(4), Branching(3, 16))),
-    Case(
-        "layer_skip-adaptive",
-        layer_skip(AdaptiveThreshold(6, AdaptiveSettings(epsilon=0.0001, initial_threshold=0.01))),
-    ),
-    Case("medusa", medusa()),
-    Case("medusa-tree", medusa(Branching(3, 12))),
+    Case("layer_skip-adaptive", layer_skip(AdaptiveThreshold(6, ADAPTIVE))),
+    Case("medusa", medusa(FixedLength(3))),
+    Case("medusa-tree", medusa(FixedLength(3), Branching(3, 12))),
+    Case("medusa-eta0.1", medusa(ConfidenceThreshold(3, 0.1), Branching(3, 12))),
     Case("retrieval", retrieval(RetrievalSettings(min_ngram=1))),
     Case("gate", gated(kangaroo(FixedLength(4)), 0.1), always_drafts=False),
-    Case("auto-kangaroo", auto(lookup_in_references(FOUR_SIBLINGS), kangaroo(FixedLength(4), Branching(3, 16)))),
-    Case("auto-draft_model", auto(lookup(PromptLookupSettings()), draft_model(FixedLength(4)))),
-]
+    Case("gate-tree", gated(kangaroo(FixedLength(4), Branching(3, 16)), 0.1), always_drafts=False),
+    Case("auto-kangaroo", auto([lookup_in_references(FOUR_SIBLINGS)], [kangaroo(FixedLength(4), Branching(3, 16))])),
+    Case("auto-draft_model", auto([lookup(PromptLookupSettings())], [draft_model(FixedLength(4))])),
+    Case("auto-layer_skip", auto([lookup(PromptLookupSettings())], [layer_skip(FixedLength(4), Branching(3, 16))])),
+    Case("auto-four", auto([lookup_in_references(FOUR_SIBLINGS), retrieval(RetrievalSettings(min_ngram=1))],
+                           [kangaroo(ConfidenceThreshold(6, 0.1)), medusa(FixedLength(3), Branching(3, 12))])),
+]  # fmt: skip
 
 
 def find_case(name: str) -> Case:

@@ -7,6 +7,7 @@ from collections.abc import Sequence as SequenceOf
 from kangaroo.drafters.base import MAX_NODES, Batch, Sequence
 from kangaroo.engine.decoding import Decoding, Text
 from kangaroo.engine.engine import Engine
+from kangaroo.model.cache import depths_of
 from kangaroo.types import Draft, Outcome, Request, SamplingParams
 from tests.tiny import VOCAB_SIZE, chain_parents
 
@@ -38,14 +39,14 @@ class ScriptedDrafter:
 
     def _grow(self, sequence: Sequence) -> tuple[list[int], tuple[int, ...]]:
         """Tokens and parents of the script's tree, without the nodes that are too deep."""
-        tokens, parents, depths, new_ids = [sequence.tokens[-1]], [-1], [0], {0: 0}
+        tokens, parents, new_ids = [sequence.tokens[-1]], [-1], {0: 0}
         guesses = self._guess(len(sequence.tokens), self._texts[sequence.request])
+        depths = depths_of([-1, *(parent for _, parent in guesses)])
         for node, (token, parent) in enumerate(guesses, 1):
-            if parent in new_ids and depths[new_ids[parent]] < sequence.max_draft:
+            if depths[node] <= sequence.max_draft:
                 new_ids[node] = len(tokens)
                 tokens.append(token)
                 parents.append(new_ids[parent])
-                depths.append(depths[new_ids[parent]] + 1)
         return tokens, tuple(parents)
 
     def accept(self, sequences: SequenceOf[Sequence], outcome: Outcome) -> None:
@@ -123,11 +124,9 @@ def wild(length: int, text: SequenceOf[int]) -> list[tuple[int, int]]:
     """A tree of any shape and up to the most nodes, about half of them true for their depth."""
     draw = random.Random(length)
     guesses: list[tuple[int, int]] = []
-    depths = [0]
-    for node in range(1, draw.choice([2, 6, 20, MAX_NODES])):
-        parent = draw.randrange(max(0, node - 6), node)
-        depths.append(depths[parent] + 1)
-        at = length + depths[parent]
+    parents = [-1, *(draw.randrange(max(0, node - 6), node) for node in range(1, draw.choice([2, 6, 20, MAX_NODES])))]
+    for parent, depth in list(zip(parents, depths_of(parents), strict=True))[1:]:
+        at = length + depth - 1
         is_true = at < len(text) and draw.random() < 0.5
         guesses.append((text[at] if is_true else draw.randrange(VOCAB_SIZE), parent))
     return guesses
