@@ -258,7 +258,8 @@ def resolve_settings(model: LoadedModel, drafter: str | Settings | None, *, batc
     """The settings by which build_drafter drafts, with nothing left open that the model and this machine decide.
 
     None takes kangaroo where an adapter lies beside the model, else plain. A companion is named, auto's sources are
-    listed, and Kangaroo is set as tuned for this batch size, else as its adapter recommends. Raises as find_settings.
+    listed, and Kangaroo is set as tuned for this batch size, else as its adapter recommends.
+    Raises SettingsError for an unknown name, AdapterError for an adapter whose config is damaged.
     """
     if drafter is None:
         drafter = "kangaroo" if "kangaroo" in find_companions(model.folder) else "plain"

@@ -17,7 +17,7 @@ class Choice(BaseModel):
     """One answer, a value for every turn; accept_lengths holds the tokens every step of all turns emitted.
 
     Spec-Bench's: turns to accept_lengths. idxs is what Kangaroo's copy of it calls decoding_steps. new_tokens counts
-    the first token too, and wall_time spans prefill and decoding. The others are a Completion's.
+    the first token too, and wall_time spans prefill, decoding and turning ids into text. The others are a Completion's.
     """
 
     model_config = ConfigDict(extra="forbid")

@@ -19,8 +19,11 @@ INSTRUCTION_SETS = (
 )
 
 
-def environment() -> dict[str, object]:
-    """The facts by name: text, counts and lists of text; None for what is not installed or not known."""
+def environment(device: str = "cpu") -> dict[str, object]:
+    """The facts by name: text, counts and lists of text; None for what is not installed or not known.
+
+    device: cpu or cuda, whose kernels are named.
+    """
     cpu = read_processor()
     flags = set(cpu.get("flags", cpu.get("Features", "")).split())
     versions = {name: _version(name) for name in PACKAGES}
@@ -35,7 +38,7 @@ def environment() -> dict[str, object]:
         "cpu_flags": [name for name in INSTRUCTION_SETS if name in flags],
         "threads": torch.get_num_threads(),
         "cuda_devices": [torch.cuda.get_device_name(index) for index in range(torch.cuda.device_count())],
-        "kernel_backend": describe_backend("cpu"),
+        "kernel_backend": describe_backend(device),
     }
 
 

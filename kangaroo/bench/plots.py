@@ -82,8 +82,8 @@ def _draw_bars(axes: Axes, report: dict[str, Any], *, pick: Callable[[dict[str, 
         shown = [(place, *picked) for place, picked in bars if picked is not None]
         places, heights, lows, highs = zip(*shown, strict=True) if shown else ((),) * 4
         axes.bar(places, heights, width * 0.92, color=colours[name], label=name)
-        errors = [[h - low for h, low in zip(heights, lows, strict=True)],
-                  [high - h for h, high in zip(heights, highs, strict=True)]]  # fmt: skip
+        errors = [[max(0.0, h - low) for h, low in zip(heights, lows, strict=True)],
+                  [max(0.0, high - h) for h, high in zip(heights, highs, strict=True)]]  # fmt: skip
         axes.errorbar(places, heights, errors, fmt="none", ecolor="#30343b", elinewidth=0.9)
     axes.axhline(1, color=GREY, linewidth=1, linestyle="--")
     axes.set_xticks(range(len(report["tasks"])), [task.replace("_", "\n") for task in report["tasks"]])

@@ -32,13 +32,13 @@ def name_apart(folders: Sequence[Path]) -> list[str]:
     )
 
 
-def stamp() -> dict[str, object]:
-    """The environment and the command of this process; of every path only the last part is kept."""
+def stamp(device: str = "cpu") -> dict[str, object]:
+    """The environment and the command of this process, run on cpu or cuda; of every path only the last part is kept."""
     words = ["=".join(shorten_path(part) for part in word.split("=")) for word in sys.argv[1:]]
     script = Path(sys.argv[0])
     program = "kangaroo" if script.name == "kangaroo" else f"python {'/'.join(script.parts[-2:])}"
     command = " ".join([program, *words])
-    return {"command": command, "date": time.strftime("%Y-%m-%d"), **environment()}
+    return {"command": command, "date": time.strftime("%Y-%m-%d"), **environment(device)}
 
 
 def stamp_text(facts: dict[str, object]) -> str:

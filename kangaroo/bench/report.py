@@ -39,7 +39,7 @@ def write_report(folder: Path, *, tokenizer: Tokenizer | None = None) -> dict[st
     """Write the three files of a report into an output folder of a benchmark; returns report.json's content.
 
     Nothing in them is text of a question or an answer. tokenizer: the model's, for the legacy score; unless given it is
-    that of run.json's model, and where there is none of that name the report says so and has no legacy score.
+    that of run.json's model, and where that is not here the report says so and has no legacy score.
     Raises PromptError where the folder has no run.json or no answers of plain decoding, or a file is damaged, and
     OutputError where the report cannot be written.
     """
@@ -47,7 +47,7 @@ def write_report(folder: Path, *, tokenizer: Tokenizer | None = None) -> dict[st
     runs = {name: _read_runs(folder, name, num_runs=run["num_runs"]) for name in run["drafters"]}
     problem = None
     if tokenizer is None:
-        tokenizer, problem = _find_tokenizer(run["model"])
+        tokenizer, problem = _find_tokenizer(run)
     report = make_report(run, runs, failures=_read_failures(folder), tokenizer=tokenizer)
     report["legacy_missing"] = problem
     write_result(folder / STEM, report, text=_render_markdown(report))
@@ -108,12 +108,15 @@ def _score(
     return {name: None if score is None else asdict(score) for name, score in found.items()}
 
 
-def _find_tokenizer(model: str) -> tuple[Tokenizer | None, str | None]:
-    """The tokenizer of a model of this name, or why there is none."""
+def _find_tokenizer(run: dict[str, Any]) -> tuple[Tokenizer | None, str | None]:
+    """The tokenizer of the run's model, found by its name, or why there is none."""
     try:
-        return Vocabulary.load(model).tokenizer, None
+        found = Vocabulary.load(run["model"]).tokenizer
     except CheckpointError as error:
         return None, f"it needs the model's tokenizer, and {error}."
+    if run.get("tokenizer") not in (None, found.fingerprint()):
+        return None, f"it needs the model's tokenizer, and that of {run['model']} here is another than the run's."
+    return found, None
 
 
 def _read_run(folder: Path) -> dict[str, Any]:

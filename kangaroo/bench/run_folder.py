@@ -30,8 +30,8 @@ class RunFolder:
                 raise OutputError(f"{path} holds answers but no {RUN_FILE}; give another output folder")
             else:
                 _replace(path / RUN_FILE, json.dumps(settings, indent=1) + "\n")
-            # All that failed before is asked again.
-            (path / FAILURES_FILE).write_text("", encoding="utf-8")
+            self._failures = _read_failures(path / FAILURES_FILE)
+            self._write_failures()
         except OSError as error:
             raise OutputError(f"cannot write {path}: {error.strerror or error}; give another output folder") from error
 
@@ -47,13 +47,15 @@ class RunFolder:
         return {answer.question_id for answer in read_answers(path)}
 
     def add_answer(self, answer: Answer, *, drafter: str, run: int) -> None:
-        """Keep an answer."""
+        """Keep an answer; that the question failed before is forgotten."""
         append_answer(answer_file(self.path, drafter, run=run), answer)
+        if self._failures.pop((drafter, run, answer.question_id), None) is not None:
+            self._write_failures()
 
     def add_failure(self, failure: Mapping[str, object]) -> None:
-        """Keep why a question was not answered."""
-        with (self.path / FAILURES_FILE).open("a", encoding="utf-8") as file:
-            file.write(json.dumps(failure, ensure_ascii=False) + "\n")
+        """Keep why a question was not answered, instead of why it was not before."""
+        self._failures[_failure_key(failure)] = failure
+        self._write_failures()
 
     def sort_answers(self, question_ids: Sequence[int | str]) -> None:
         """Put the answers in the order of the questions, by which Spec-Bench's equal.py compares two files.
@@ -66,6 +68,23 @@ class RunFolder:
             ordered = sorted(lines, key=lambda line: places[json.loads(line)["question_id"]])
             if ordered != lines:
                 _replace(path, "".join(f"{line}\n" for line in ordered))
+
+    def _write_failures(self) -> None:
+        lines = (json.dumps(failure, ensure_ascii=False) + "\n" for failure in self._failures.values())
+        _replace(self.path / FAILURES_FILE, "".join(lines))
+
+
+def _read_failures(path: Path) -> dict[tuple[object, ...], Mapping[str, object]]:
+    """What earlier sessions could not ask, by drafter, run and question; {} where there is no file."""
+    try:
+        lines = path.read_text(encoding="utf-8").split("\n")[:-1] if path.exists() else []
+        return {_failure_key(failure): failure for failure in map(json.loads, lines)}
+    except (ValueError, LookupError, TypeError) as error:
+        raise OutputError(f"{path} is damaged ({error!r}); give another output folder") from error
+
+
+def _failure_key(failure: Mapping[str, object]) -> tuple[object, ...]:
+    return failure["drafter"], failure["run"], failure["question_id"]
 
 
 def _compare(path: Path, settings: Mapping[str, object]) -> None:

@@ -11,7 +11,8 @@ LEGACY = (
     "second, prefill included, are averaged over questions, and the speedup is the ratio of the two averages; mean and "
     "sample deviation over runs. A drafter's tokens are counted as generated, plain decoding's by tokenising its text "
     "anew, special tokens included, minus 1 for the BOS. So plain decoding against itself is not exactly 1, and a "
-    "short answer weighs as much as a long one."
+    "short answer weighs as much as a long one. As in Spec-Bench a call gives text, so that its time spans turning ids "
+    "into text, too."
 )
 CORRECTED = (
     "Token ids are counted on both sides, and the speedup is the ratio of summed tokens over summed decode time, over "
@@ -171,7 +172,7 @@ def _published(report: dict[str, Any]) -> Section:
 
 
 def _ctar(report: dict[str, Any]) -> Section:
-    rows = _rows(report, lambda one: [f"{rate:.1%}" for rate in one["steps"]["ctar"] or [0.0] * MAX_CTAR])
+    rows = _rows(report, lambda one: [number(rate, "{:.1%}") for rate in one["steps"]["ctar"] or [None] * MAX_CTAR])
     header = ["drafter", *(f"CTAR@{k}" for k in range(1, MAX_CTAR + 1))]
     return Section("Acceptance by draft position", CTAR, header, rows, "ctar")
 
@@ -216,6 +217,12 @@ def _failures(report: dict[str, Any]) -> Section:
 
 def _settings(run: dict[str, Any]) -> Section:
     rows = [[name.replace("_", " "), str(value)] for name, value in run.items() if name not in ("stamp", "drafters")]
-    rows += [[name, ", ".join(f"{key}={value}" for key, value in settings.items()) or "nothing to set"]
-             for name, settings in run["drafters"].items()]  # fmt: skip
+    rows += [[name, _tell(settings)] for name, settings in run["drafters"].items()]
     return Section("Settings", "", ["setting", "value"], rows)
+
+
+def _tell(settings: dict[str, Any]) -> str:
+    """A drafter's settings as text; auto's sources hold settings themselves."""
+    told = (f"{name}=({_tell(value)})" if isinstance(value, dict) else f"{name}={value}"
+            for name, value in settings.items())  # fmt: skip
+    return ", ".join(told) or "nothing to set"

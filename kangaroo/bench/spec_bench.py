@@ -157,6 +157,7 @@ class SpecBench:
             "bench": plan.bench,
             "model": _name(self._model.name),
             "fingerprint": fingerprint(self._model.target),
+            "tokenizer": self._model.tokenizer.fingerprint(),
             "dtype": plan.storage,
             "device": str(self._model.target.device),
             "drafters": {name: describe_drafter(self._model, settings) for name, settings in plan.drafters.items()},
@@ -167,7 +168,7 @@ class SpecBench:
             "num_runs": plan.num_runs,
             "num_questions": len(plan.questions),
             "questions_digest": digest(plan.questions),
-            "stamp": stamp(),
+            "stamp": stamp(self._model.target.device.type),
         }
 
 

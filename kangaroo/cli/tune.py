@@ -74,7 +74,7 @@ def tune(
         status.update("judging guesses")
         tuner = Tuner(loaded.target, texts, adapters=folders)
         predictions, ran = find_best(tuner, batch_sizes=sizes, num_rounds=rounds, report=status.update)
-    facts = stamp()
+    facts = stamp(loaded.target.device.type)
     path = _keep(ran, loaded.target, folders=folders, stamp=facts)
     settings = {
         "model": shorten_path(model),

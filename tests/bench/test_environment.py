@@ -1,11 +1,19 @@
-"""The commit reported is this package's, never that of a repository around it."""
+"""Kernels are the device's, and the commit is this package's, never that of a repository around it."""
 
 import subprocess
 from pathlib import Path
 
 import pytest
 
+from kangaroo.bench import environment
 from kangaroo.bench.environment import _commit
+from kangaroo.bench.record import stamp
+
+
+def test_kernels_are_those_of_the_device(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(environment, "describe_backend", lambda device: f"those of {device}")
+    assert environment.environment()["kernel_backend"] == "those of cpu"
+    assert stamp("cuda")["kernel_backend"] == "those of cuda"
 
 
 def git(folder: Path, *words: str) -> str:

@@ -71,12 +71,30 @@ def test_answers_end_up_in_the_order_of_the_questions(tmp_path: Path) -> None:
     assert list(path.parent.iterdir()) == [path]
 
 
-def test_a_new_session_forgets_the_failures_it_will_ask_again(tmp_path: Path) -> None:
+def test_a_failure_is_kept_until_its_question_is_asked_again(tmp_path: Path) -> None:
+    def failed(question_id: int, reason: str) -> dict[str, object]:
+        return {"question_id": question_id, "drafter": "plain", "run": 1, "reason": reason}
+
+    def kept() -> list[object]:
+        return [json.loads(line) for line in (tmp_path / "failures.jsonl").read_text().splitlines()]
+
     folder = RunFolder(tmp_path, SETTINGS)
-    folder.add_failure({"question_id": 1, "reason": "é"})
-    assert (tmp_path / "failures.jsonl").read_text() == '{"question_id": 1, "reason": "é"}\n'
+    for question_id in (1, 2):
+        folder.add_failure(failed(question_id, "é"))
+    folder = RunFolder(tmp_path, SETTINGS)
+    assert kept() == [failed(1, "é"), failed(2, "é")]
+    folder.add_failure(failed(1, "b"))
+    assert kept() == [failed(1, "b"), failed(2, "é")]
+    add(folder, 2, 3)
+    assert kept() == [failed(1, "b")]
+
+
+@pytest.mark.parametrize("line", ["{", "[]", "{}"])
+def test_damaged_failures_are_one_error(tmp_path: Path, line: str) -> None:
     RunFolder(tmp_path, SETTINGS)
-    assert (tmp_path / "failures.jsonl").read_text() == ""
+    (tmp_path / "failures.jsonl").write_text(line + "\n")
+    with pytest.raises(OutputError, match=r"failures\.jsonl is damaged"):
+        RunFolder(tmp_path, SETTINGS)
 
 
 @pytest.mark.parametrize("content", ["{", "[]", "3"])

@@ -244,7 +244,7 @@ def test_sampling_draws_the_same_texts_for_all_drafters_and_others_by_another_se
 def test_the_run_file_says_what_was_asked(model: LoadedModel, tmp_path: Path) -> None:
     SpecBench(model, PLAN, output=tmp_path)
     written = json.loads((tmp_path / "run.json").read_text())
-    names = ("bench", "model", "fingerprint", "dtype", "device", "drafters", "template", "max_new_tokens",
+    names = ("bench", "model", "fingerprint", "tokenizer", "dtype", "device", "drafters", "template", "max_new_tokens",
              "temperature", "seed", "num_runs", "num_questions", "questions_digest", "stamp")  # fmt: skip
     assert tuple(written) == names
     assert written["model"] == model.folder.name

@@ -15,6 +15,7 @@ from kangaroo.bench.contenders import (
     TransformersContender,
     VllmContender,
 )
+from kangaroo.bench.drafting import describe_drafter
 from kangaroo.drafters.settings import SETTINGS, DraftModelSettings, KangarooSettings, Settings, find_settings
 from kangaroo.engine.pace import Pace
 from kangaroo.errors import KangarooError, SettingsError
@@ -94,6 +95,11 @@ def build_contenders(
         except KangarooError as error:
             left_out[name] = str(error)
     return contenders, left_out
+
+
+def describe_drafters(model: LoadedModel, names: Sequence[str], *, parts: Parts) -> dict[str, dict[str, object]]:
+    """How those of ours draft, in full."""
+    return {name: describe_drafter(model, _settings(name, parts=parts)) for name in names if name in SETTINGS}
 
 
 def _settings(name: str, *, parts: Parts) -> Settings:

@@ -78,7 +78,13 @@ def compare(
     """
     from rich.console import Console
 
-    from kangaroo.bench.contenders.roster import Parts, build_contenders, choose_names, max_text_tokens
+    from kangaroo.bench.contenders.roster import (
+        Parts,
+        build_contenders,
+        choose_names,
+        describe_drafters,
+        max_text_tokens,
+    )
     from kangaroo.bench.prompts import encode_prompt, read_prompts
     from kangaroo.bench.record import markdown_table, shorten_path, stamp, stamp_text, write_result
     from kangaroo.model.checkpoint import find_folder, load_model
@@ -100,7 +106,8 @@ def compare(
     built, left_out = build_contenders(loaded, names, parts=parts)
     rows = _measure(built, prompt_ids, num_rounds=rounds, max_new_tokens=max_new_tokens)
     facts = stamp()
-    result = {"settings": settings, "stamp": facts, "left_out": left_out, "contenders": rows}
+    result = {"settings": settings, "drafters": describe_drafters(loaded, names, parts=parts), "stamp": facts,
+              "left_out": left_out, "contenders": rows}  # fmt: skip
     if json_output:
         print(json.dumps(result), flush=True)
     table = [_cells(row) for row in rows]

@@ -80,7 +80,7 @@ def limits(
         "max_new_tokens": max_new_tokens,
         "limit": limit,
     }
-    result = {"settings": described, "stamp": stamp(), "num_texts": len(texts), **found}
+    result = {"settings": described, "stamp": stamp(loaded.target.device.type), "num_texts": len(texts), **found}
     if json_output:
         print(json.dumps(result))
     else:

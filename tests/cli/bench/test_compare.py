@@ -42,8 +42,10 @@ def test_json_and_files_hold_the_same_result(run: Run, model_folder: Path, promp
     assert (ran.status, ran.err, ran.out.count("\n")) == (0, "", 1)
     result = json.loads(ran.out)
     assert json.loads(stem.with_name("v1.2.json").read_text()) == result
-    assert list(result) == ["settings", "stamp", "left_out", "contenders"]
+    assert list(result) == ["settings", "drafters", "stamp", "left_out", "contenders"]
     assert (result["settings"]["dtype"], result["settings"]["rounds"], result["left_out"]) == ("bfloat16", 1, {})
+    assert list(result["drafters"]) == ["plain", "kangaroo", "draft_model"]
+    assert (result["drafters"]["kangaroo"]["gamma"], result["drafters"]["kangaroo"]["eta"]) == (6, 0.6)
     rows = {row["contender"]: row for row in result["contenders"]}
     assert list(rows) == ["plain", "kangaroo", "draft_model", "transformers", "transformers-assistant"]
     for name in ("plain", "kangaroo", "draft_model"):
