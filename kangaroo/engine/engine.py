@@ -7,7 +7,7 @@ from dataclasses import replace
 
 import torch
 
-from kangaroo.drafters.base import MAX_NODES, Batch, Drafter, Sequence, draft_roots
+from kangaroo.drafters.base import DEFAULT_PRICES, MAX_NODES, Batch, Drafter, Sequence, draft_roots
 from kangaroo.engine.decoding import Decoding, Text
 from kangaroo.engine.pace import Pace
 from kangaroo.engine.scheduler import Limits, Scheduler
@@ -142,9 +142,8 @@ class Engine:
         limit = MAX_NODES if pace is None else pace.limit(sequences)
         for one, sequence in zip(decoding, sequences, strict=True):
             sequence.max_draft = min(one.room - 1, limit)
-        batch = Batch(self.target, self._cache, sequences)
-        if pace is not None:
-            batch = replace(batch, prices=pace.prices)
+        prices = DEFAULT_PRICES if pace is None else pace.prices
+        batch = Batch(self.target, self._cache, sequences, prices)
         # Where drafting does not pay the drafter is not even asked: it catches up when it is.
         draft = self.drafter.draft(batch) if limit > 0 else draft_roots(batch)
         drafted_s = self._now_s()

@@ -13,6 +13,8 @@ from kangaroo.types import Draft, Outcome
 
 # A gain or loss below this is within what measurements of single steps tell apart.
 MIN_GAIN = 1.03
+# What whole drafts may lose before they end.
+MAX_LOSS = 0.99
 # Steps between two plain ones while drafting wins, and between tries to draft while plain decoding does: texts that
 # were hard to guess may become easy.
 PROBE_EVERY = 64
@@ -25,6 +27,8 @@ CHOOSE_EVERY = 8
 RUN_LENGTH, NUM_NEEDED = 8, 3
 # Comparisons that count, and drafts that do.
 NUM_RATIOS, NUM_DRAFTS = 5, 64
+# Drafts of each sequence that are remembered once drafting has lost.
+FEW_DRAFTS = 8
 # Batch sizes this close share their times until each has its own.
 MAX_RATIO = 1.5
 # Depths to choose from besides what the drafter itself would do.
@@ -118,8 +122,10 @@ class Pace:
         self._batch_size = self._since_choice = self._since_probe = 0
         self._limit = self._granted = self._last_probe = MAX_NODES
         self._patience = MIN_PATIENCE
-        self._drafting: set[Sequence] = set()
-        self._is_steady, self._try_s = False, 0.0
+        # The texts of the last drafts, by how long they were then, and what catching up with a token took.
+        self._drafted: dict[Sequence, int] = {}
+        self._num_missed, self._catch_up_s = 0, 0.0
+        self._is_steady = self._has_news = False
 
     @property
     def is_drafting(self) -> bool:
@@ -128,10 +134,13 @@ class Pace:
 
     def limit(self, sequences: SequenceOf[Sequence]) -> int:
         """The depth to draft to in the coming step; 0 where plain decoding is faster."""
-        self._granted = self._decide(len(sequences))
+        last_granted, self._granted = self._granted, self._decide(sequences)
         # A drafter may have to catch up with the text first, which is no part of what drafting costs from then on.
-        self._is_steady = self._granted == 0 or self._drafting.issuperset(sequences)
-        self._drafting = set(sequences) if self._granted else set()
+        self._is_steady = True
+        if self._granted:
+            self._is_steady = last_granted > 0 and all(one in self._drafted for one in sequences)
+            self._num_missed = 0 if self._is_steady else self._count_missed(sequences)
+            self._drafted = {one: len(one.tokens) for one in sequences}
         return self._granted
 
     def observe(self, draft: Draft, outcome: Outcome, *, draft_time_s: float, verify_time_s: float) -> None:
@@ -144,26 +153,30 @@ class Pace:
             self._loads.setdefault(num_sequences, _Load()).add(self._granted, draft_time_s + verify_time_s)
         if is_plain:
             return
-        if not self._is_steady:
-            self._try_s = draft_time_s + verify_time_s
         self.num_drafting += 1
+        self._has_news = True
+        load = self._loads.setdefault(num_sequences, _Load())
         if self._is_steady:
-            self._loads[num_sequences].add_rows(num_rows, verify_time_s)
+            load.add_rows(num_rows, verify_time_s)
+        elif load.is_known:
+            usual_s = (load.ratio(MAX_NODES) or 1.0) * load.plain_s
+            self._catch_up_s = max(0.0, draft_time_s + verify_time_s - usual_s) / self._num_missed
         for parents, path in zip(draft.parents, outcome.paths, strict=True):
             self._has_trees |= not is_chain(parents)
             drafts = self._drafts if self._granted == MAX_NODES else self._cut_drafts
             drafts.append((len(parents) - 1, len(path) - 1))
 
-    def _decide(self, num_sequences: int) -> int:
+    def _decide(self, sequences: SequenceOf[Sequence]) -> int:
+        num_sequences = len(sequences)
         if num_sequences != self._batch_size:
-            self._batch_size, self._since_choice = num_sequences, CHOOSE_EVERY
+            self._batch_size, self._since_choice, self._has_news = num_sequences, CHOOSE_EVERY, True
         size = self._nearest_known(num_sequences)
         if size is None:
             self.prices = DEFAULT_PRICES
             return 0 if self._loads.setdefault(num_sequences, _Load()).needs_plain() else MAX_NODES
         self._since_choice += 1
-        if self._since_choice >= CHOOSE_EVERY:
-            self._since_choice, load = 0, self._loads[size]
+        if self._since_choice >= CHOOSE_EVERY and self._has_news:
+            self._since_choice, self._has_news, load = 0, False, self._loads[size]
             self._turn(self._choose(load))
             self.prices = load.price_node(size)
         self._since_probe += 1
@@ -177,21 +190,31 @@ class Pace:
             return self._last_probe
         if self._since_probe < self._patience:
             return 0
-        if self._since_probe > self._patience:
+        if self._granted:
             # Of two drafts in a row the second is steady; a try that fails again waits twice as long.
             self._since_probe, self._since_choice = 0, CHOOSE_EVERY
-            extra = self._try_s / self._loads[size].plain_s - (self._loads[size].ratio(MAX_NODES) or 1.0)
-            self._patience = max(int(extra / TRY_SHARE), min(2 * self._patience, MAX_PATIENCE))
+            self._patience = min(2 * self._patience, MAX_PATIENCE)
+        elif (
+            self._catch_up_s * self._count_missed(sequences) > TRY_SHARE * self._since_probe * self._loads[size].plain_s
+        ):
+            return 0
         return MAX_NODES
+
+    def _count_missed(self, sequences: SequenceOf[Sequence]) -> int:
+        """Tokens since the last drafts, at least one."""
+        return max(1, sum(len(one.tokens) - self._drafted.get(one, 0) for one in sequences))
 
     def _turn(self, limit: int) -> None:
         if limit == self._limit:
             return
-        if limit == 0:
-            self._since_probe = 0
         if limit != MAX_NODES:
             # What deeper drafts would have brought before counts less than what was seen since.
             self._drafts.extend(self._cut_drafts)
+        if limit == 0:
+            self._since_probe = 0
+            # Tries bring little, and texts may become easy: what made drafting lose is soon outweighed.
+            while len(self._drafts) > FEW_DRAFTS * self._batch_size:
+                self._drafts.popleft()
         self._cut_drafts.clear()
         self._limit = limit
 
@@ -214,7 +237,7 @@ class Pace:
         assert whole is not None, "a load is known by what whole drafts cost"
         gain = (1 + mean(accepted for _, accepted in self._drafts)) / whole
         # A gain that measurements cannot tell from none is no reason to begin; a loss is one to stop.
-        if gain >= (1.0 if self._limit == MAX_NODES else MIN_GAIN):
+        if gain >= (MAX_LOSS if self._limit == MAX_NODES else MIN_GAIN):
             return MAX_NODES
         best, best_gain = 0, MIN_GAIN
         num_drafted = sum(depth for depth, _ in self._drafts)

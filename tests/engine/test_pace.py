@@ -127,6 +127,27 @@ def test_tries_that_must_catch_up_with_long_texts_are_rare() -> None:
     assert spent_s < 0.03 * BASE_S * len(limits)
 
 
+def count_tries(pace: Pace, num_tokens: int) -> int:
+    """Tries on hopeless texts of so many tokens, a new one every 50 steps; a token takes a hundredth of a step to see."""
+    world, num_tries = World(row_s=BASE_S, accepted=(0,)), 0
+    for step in range(5000):
+        if step % 50 == 0:
+            world.sequences = [Sequence(Request((1,) * num_tokens, SamplingParams()), 0)]
+        was_plain = pace._granted == 0
+        num_tries += world.step(pace, catch_up_s=0.01 * BASE_S * num_tokens * was_plain) > 0 and was_plain
+    return num_tries
+
+
+def test_tries_are_as_rare_as_texts_are_long() -> None:
+    pace = Pace()
+    short = count_tries(pace, 10)
+    assert short > 5000 / (MAX_PATIENCE + 3) - 10
+    # Catching up takes 30 steps, and may take a hundredth of all.
+    assert count_tries(pace, 3000) <= 5000 / 3000 + 2
+    # That long texts are dear to try on is no reason to spare short ones.
+    assert count_tries(pace, 10) > 0.8 * short
+
+
 @pytest.mark.parametrize(("num_hopeless", "num_more"), [(50, 100), (2000, 5 * MAX_PATIENCE)])
 def test_it_comes_back_when_texts_become_easy(num_hopeless: int, num_more: int) -> None:
     pace = Pace()
@@ -164,7 +185,7 @@ def test_gain_that_measurements_cannot_tell_from_none_is_no_reason_to_begin_and_
     world.accepted = (1, 0)
     assert world.run(pace, 2000).count(MAX_NODES) < 60
     # While drafting, it is none to stop; a loss of as much is.
-    for row_s, stops in ((0.49 * BASE_S, False), (0.51 * BASE_S, True)):
+    for row_s, stops in ((0.49 * BASE_S, False), (0.53 * BASE_S, True)):
         pace, world = Pace(), World(row_s=row_s, accepted=(1,), depth=1)
         world.run(pace, 200)
         world.accepted = (1, 0)
