@@ -128,7 +128,7 @@ def test_tries_that_must_catch_up_with_long_texts_are_rare() -> None:
 
 
 def count_tries(pace: Pace, num_tokens: int) -> int:
-    """Tries on hopeless texts of so many tokens, a new one every 50 steps; a token takes a hundredth of a step to see."""
+    """Tries on hopeless texts of so many tokens, a new one every 50 steps; seeing a token takes 1% of a step."""
     world, num_tries = World(row_s=BASE_S, accepted=(0,)), 0
     for step in range(5000):
         if step % 50 == 0:
