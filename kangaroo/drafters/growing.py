@@ -7,6 +7,7 @@ from collections.abc import Callable
 from collections.abc import Sequence as SequenceOf
 from dataclasses import dataclass, field, replace
 
+import numpy as np
 import torch
 from numpy import ndarray
 from torch import Tensor
@@ -55,9 +56,21 @@ def plant(sequence: Sequence, max_depth: int) -> Growth:
     return growth
 
 
+def find_chances(logits: Tensor) -> Tensor:
+    """The softmax of the last dimension of logits [..., V].
+
+    On a CPU without PyTorch's threads: they would go on spinning where the kernels' own are needed next.
+    """
+    if logits.device.type != "cpu":
+        return torch.softmax(logits, dim=-1)
+    scores = logits.detach().numpy()
+    weights = np.exp(scores - scores.max(axis=-1, keepdims=True))
+    return torch.from_numpy(weights / weights.sum(axis=-1, keepdims=True))
+
+
 def draw(growths: SequenceOf[Growth], logits: Tensor, *, num_siblings: int) -> list[Guesses]:
     """What may follow every frontier's nodes, by the draft's logits [F, V] behind them."""
-    chances, logits = torch.softmax(logits, dim=-1).cpu().numpy(), logits.cpu()
+    chances, logits = find_chances(logits).cpu().numpy(), logits.cpu()
     nodes = [(growth, node) for growth in growths for node in growth.tree.frontier]
     return [
         draw_behind(*place, logits=logits[row], chances=chances[row], num_siblings=num_siblings)

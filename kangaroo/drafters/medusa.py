@@ -17,7 +17,7 @@ import torch
 from torch import Tensor
 
 from kangaroo.drafters.base import Batch, Sequence
-from kangaroo.drafters.growing import Growth, assemble, draw_behind, grow_all, plant
+from kangaroo.drafters.growing import Growth, assemble, draw_behind, find_chances, grow_all, plant
 from kangaroo.drafters.medusa_heads import MedusaHeads
 from kangaroo.drafters.settings import MedusaSettings
 from kangaroo.drafters.stopping import StoppingPolicy, choose_stopping
@@ -123,7 +123,7 @@ class _Guesser:
         """logits: [K, G, V] of all heads."""
         self._rows = {growth.sequence: row for row, growth in enumerate(growths)}
         self._num_siblings = min(num_siblings, logits.shape[-1])
-        chances = torch.softmax(logits, dim=-1)
+        chances = find_chances(logits)
         best = chances.topk(self._num_siblings, dim=-1)
         self._tokens, self._probabilities = best.indices.tolist(), best.values.tolist()
         if any(needs_logits(growth.params) for growth in growths):
