@@ -178,6 +178,7 @@ def describe(row: dict[str, object]) -> list[object]:
 def main() -> None:
     parser = argparse.ArgumentParser(description=(__doc__ or "").splitlines()[0])
     parser.add_argument("--prompts", type=Path, required=True)
+    parser.add_argument("--batch-sizes", type=int, nargs="+", default=BATCH_SIZES)
     parser.add_argument("--num-rounds", type=int, default=9)
     parser.add_argument("--max-new-tokens", type=int, default=128)
     parser.add_argument("--dtype", default="float32")
@@ -188,7 +189,7 @@ def main() -> None:
     random.Random(0).shuffle(prompts)
     rows: list[dict[str, object]] = []
     peer = TransformersContender(model.folder, eos_ids=frozenset())
-    for batch_size in BATCH_SIZES:
+    for batch_size in args.batch_sizes:
         num_rounds = max(args.num_rounds, MIN_TEXTS // batch_size)
         rows += measure(model, peer, prompts=prompts, batch_size=batch_size, num_rounds=num_rounds,
                         max_new_tokens=args.max_new_tokens)  # fmt: skip
