@@ -4,7 +4,7 @@ from dataclasses import asdict
 from hashlib import sha256
 from pathlib import Path
 
-from kangaroo.drafters.settings import AutoSettings, Settings, find_settings
+from kangaroo.drafters.settings import AutoSettings, Settings
 from kangaroo.llm import resolve_settings
 from kangaroo.model.checkpoint import LoadedModel
 
@@ -21,7 +21,8 @@ def describe_drafter(model: LoadedModel, settings: Settings, *, batch_size: int 
     described: dict[str, object] = asdict(settings)  # type: ignore[call-overload]
     if isinstance(settings, AutoSettings):
         described["sources"] = {
-            name: describe_drafter(model, find_settings(name)(), batch_size=batch_size) for name in settings.sources
+            name: describe_drafter(model, settings.settings_of(name), batch_size=batch_size)
+            for name in settings.sources
         }
     for name, value in described.items():
         if isinstance(value, str) and (path := Path(value).expanduser()).exists():

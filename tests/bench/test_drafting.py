@@ -33,6 +33,14 @@ def test_sources_of_auto_are_told_with_their_settings(model: LoadedModel) -> Non
         assert told["kangaroo"] == describe_drafter(model, KangarooSettings())
 
 
+def test_what_auto_gives_to_its_sources_is_told_with_them(model: LoadedModel, tmp_path: Path) -> None:
+    (tmp_path / "store").mkdir()
+    settings = AutoSettings(("retrieval", "prompt_lookup"), datastore=str(tmp_path / "store"))
+    told = describe_drafter(model, settings)["sources"]
+    assert isinstance(told, dict)
+    assert told["retrieval"]["datastore"] == f"store ({digest_files(tmp_path / 'store')})"
+
+
 def test_a_digest_is_of_names_sizes_and_beginnings(tmp_path: Path) -> None:
     (tmp_path / "folder").mkdir()
     file = tmp_path / "a"
