@@ -75,7 +75,7 @@ def tuning_key(target: Transformer, adapter: Path) -> Key:
         "processor": torch.cuda.get_device_name(device) if on_gpu else read_processor().get("model name", "unknown"),
         "kernels": describe_backend(device.type) if is_native else REFERENCE,
         "threads": torch.get_num_threads(),
-        "dtype": str(getattr(target, "storage", target.dtype)).removeprefix("torch."),
+        "dtype": target.storage,
     }
 
 

@@ -2,10 +2,13 @@
 
 import statistics
 from collections.abc import Callable, Mapping, Sequence
+from typing import TypeVar
 
 import numpy as np
 
 from kangaroo.bench.contenders import Contender, Run
+
+Each = TypeVar("Each")
 
 WARM_UP_TOKENS = 16
 BASELINE = "plain"
@@ -53,12 +56,17 @@ def interleave(
         contender.generate(prompts[0], max_new_tokens=min(WARM_UP_TOKENS, max_new_tokens))
     for round_id in range(num_rounds):
         for index, prompt in enumerate(prompts):
-            shift = (round_id + index) % len(contenders)
-            for contender in (*contenders[shift:], *contenders[:shift]):
+            for contender in take_turns(contenders, round_id + index):
                 runs[contender.name].append(contender.generate(prompt, max_new_tokens=max_new_tokens))
                 if advance is not None:
                     advance()
     return runs
+
+
+def take_turns(each: Sequence[Each], number: int) -> list[Each]:
+    """All of them in order, in turn number of everyone's going first."""
+    shift = number % len(each)
+    return [*each[shift:], *each[:shift]]
 
 
 def compare(runs: Mapping[str, Sequence[Run]], baseline: str) -> list[dict[str, object]]:

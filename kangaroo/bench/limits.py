@@ -54,10 +54,10 @@ def num_weights(target: Transformer) -> int:
 
 def count_bytes(target: Transformer, num_tokens: int) -> tuple[int, int]:
     """What a plain step behind num_tokens of text reads: bytes of weights, and of keys and values."""
-    config, storage = target.config, str(getattr(target, "storage", target.dtype)).removeprefix("torch.")
+    config = target.config
     seen = sum(num_tokens if window is None else min(window, num_tokens) for window in config.windows)
     per_slot = 2 * config.num_kv_heads * config.head_dim * target.dtype.itemsize
-    return num_weights(target) * BYTES[storage], seen * per_slot
+    return num_weights(target) * BYTES[target.storage], seen * per_slot
 
 
 def measure_bandwidth(target: Transformer) -> float:

@@ -13,10 +13,11 @@ from uuid import uuid4
 import torch
 
 from kangaroo.bench.answers import Answer, Choice
+from kangaroo.bench.comparison import take_turns
 from kangaroo.bench.drafting import describe_drafter
 from kangaroo.bench.prompts import BUILT_IN, read_prompts
 from kangaroo.bench.questions import Question, digest
-from kangaroo.bench.record import stamp
+from kangaroo.bench.record import shorten_path, stamp
 from kangaroo.bench.run_folder import RunFolder
 from kangaroo.bench.templates import choose_template, encode_prompt, stop_ids
 from kangaroo.drafters.companion import fingerprint
@@ -98,8 +99,7 @@ class SpecBench:
         assert seed is not None, "a plan's seed is given"
         for run in range(1, self.plan.num_runs + 1):
             for index, question in enumerate(self.plan.questions):
-                shift = (run + index) % len(names)
-                for name in (*names[shift:], *names[:shift]):
+                for name in take_turns(names, run + index):
                     if question.id not in self._done[name, run]:
                         yield self._ask(Asked(question, name, run), seed=derive_seed(seed, index))
         self._folder.sort_answers([one.id for one in self.plan.questions])
@@ -122,8 +122,9 @@ class SpecBench:
             self._folder.add_failure({"question_id": question.id, "category": question.category, "drafter": name,
                                       "run": asked.run, "reason": failed.reason})  # fmt: skip
             return failed
-        answer = Answer(question_id=question.id, category=question.category, answer_id=uuid4().hex,
-                        model_id=f"{_name(self._model.name)}/{name}", choices=[choice], tstamp=time.time())  # fmt: skip
+        model_id = f"{shorten_path(self._model.name)}/{name}"
+        answer = Answer(question_id=question.id, category=question.category, answer_id=uuid4().hex, model_id=model_id,
+                        choices=[choice], tstamp=time.time())  # fmt: skip
         self._folder.add_answer(answer, drafter=name, run=asked.run)
         return asked
 
@@ -155,7 +156,7 @@ class SpecBench:
         plan = self.plan
         return {
             "bench": plan.bench,
-            "model": _name(self._model.name),
+            "model": shorten_path(self._model.name),
             "fingerprint": fingerprint(self._model.target),
             "tokenizer": self._model.tokenizer.fingerprint(),
             "dtype": plan.storage,
@@ -191,8 +192,3 @@ def _choice(completions: Sequence[Completion], *, answers: list[str], wall_times
         verify_time_s=[one.verify_time_s for one in completions],
         finish_reasons=[one.finish_reason for one in completions],
     )
-
-
-def _name(model: str) -> str:
-    """A hub id as it is, of a folder its last part."""
-    return Path(model).resolve().name if Path(model).exists() else model

@@ -7,6 +7,7 @@ from itertools import cycle, islice
 from statistics import median
 from typing import NamedTuple, TypeVar
 
+from kangaroo.bench.comparison import take_turns
 from kangaroo.drafters.base import Drafter
 from kangaroo.drafters.plain import PlainDrafter
 from kangaroo.engine.engine import Engine
@@ -133,8 +134,7 @@ def race(target: Transformer, drafters: Sequence[Drafter], *, texts: Sequence[Te
     for number in range(num_rounds):
         runs: list[list[Run]] = [[] for _ in every]
         for index, group in enumerate(groups):
-            shift = (number + index) % len(every)
-            for place in (*range(shift, len(every)), *range(shift)):
+            for place in take_turns(range(len(every)), number + index):
                 runs[place].append(decoders[place].run(group))
         rounds.append([add_runs(one) for one in runs])
     return [

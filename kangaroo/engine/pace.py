@@ -147,15 +147,14 @@ class Pace:
         """Learn what the step cost and brought."""
         num_sequences, num_rows = len(draft.parents), sum(draft.num_nodes)
         self.num_steps += 1
-        is_plain = num_rows == num_sequences
+        is_plain, load = num_rows == num_sequences, self._loads.setdefault(num_sequences, _Load())
         # A drafter that had nothing to say took its time nevertheless; only a step that asked for none is plain.
         if self._is_steady and (not is_plain or self._granted == 0):
-            self._loads.setdefault(num_sequences, _Load()).add(self._granted, draft_time_s + verify_time_s)
+            load.add(self._granted, draft_time_s + verify_time_s)
         if is_plain:
             return
         self.num_drafting += 1
         self._has_news = True
-        load = self._loads.setdefault(num_sequences, _Load())
         if self._is_steady:
             load.add_rows(num_rows, verify_time_s)
         elif load.is_known:

@@ -117,6 +117,8 @@ class Transformer:
         self.embedding = embedding
         self.final_norm = final_norm
         self.head = head
+        # What the weights are kept in, by name.
+        self.storage = str(embedding.dtype).removeprefix("torch.")
         self.rotary = Rotary(config.rope, config.head_dim, device=embedding.device)
 
     @property
