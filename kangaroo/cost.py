@@ -64,9 +64,9 @@ class StepCosts:
         few, many = self.batch_size, 8 * self.batch_size
         return max(0.0, interpolate(self.verify_s, many) - interpolate(self.verify_s, few)) / (many - few)
 
-    def step_s(self, num_sequences: int, *, num_levels: int, num_drafted: int) -> float:
-        """The time of a step of at most batch_size sequences, whose drafts are num_levels deep and hold num_drafted."""
-        verify_s = interpolate(self.verify_s, num_drafted + num_sequences)
+    def step_s(self, *, num_levels: int, num_drafted: float) -> float:
+        """The time of a step whose drafts are num_levels deep and hold num_drafted tokens together."""
+        verify_s = interpolate(self.verify_s, num_drafted + self.batch_size)
         if num_drafted == 0:
             return self.engine_s + verify_s
         beside = num_drafted - num_levels * self.batch_size

@@ -31,10 +31,10 @@ def make_drafter(target: Transformer, gamma: int, branching: Branching = CHAIN) 
 
 
 def test_a_step_costs_its_engine_draft_and_verification() -> None:
-    assert COSTS.step_s(2, num_levels=3, num_drafted=6) == 2 + 5 + 20
+    assert COSTS.step_s(num_levels=3, num_drafted=6) == 2 + 5 + 20
     # One of the two drafts is shorter by 2: its rows cost nothing to draft or to verify.
-    assert COSTS.step_s(2, num_levels=2, num_drafted=2) == 2 + 4 - 2 * 0.25 + 12
-    assert COSTS.step_s(2, num_levels=0, num_drafted=0) == 2 + 10
+    assert COSTS.step_s(num_levels=2, num_drafted=2) == 2 + 4 - 2 * 0.25 + 12
+    assert COSTS.step_s(num_levels=0, num_drafted=0) == 2 + 10
     assert (COSTS.token_s, COSTS.row_s) == (1.0, pytest.approx((36 - 10) / 14))
 
 

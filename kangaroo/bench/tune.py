@@ -175,12 +175,11 @@ def predict(setting: Setting, steps: Sequence[Sequence[Step]], *, costs: Costs) 
         drafted_s += costs[1].first_s * len(group)
         for together in zip_longest(*group):
             active = [step for step in together if step is not None]
-            size = min((size for size in costs if size >= len(active)), default=max(costs))
-            drafted_s += costs[size].step_s(
-                len(active),
-                num_levels=max(step.num_levels for step in active),
-                num_drafted=sum(step.num_drafted for step in active),
-            )
+            num_levels, num_drafted = max(one.num_levels for one in active), sum(one.num_drafted for one in active)
+            # What a batch size costs that was not measured lies between those that were, for as many nodes a sequence.
+            times = {size: one.step_s(num_levels=num_levels, num_drafted=num_drafted * size / len(active))
+                     for size, one in costs.items()}  # fmt: skip
+            drafted_s += interpolate(times, len(active))
     every = [step for one in steps for step in one]
     return Prediction(
         setting,

@@ -72,6 +72,16 @@ def test_texts_of_a_batch_step_together_until_each_has_ended() -> None:
     assert found.speedup == pytest.approx(plain_s / (2 * 5 + together_s + alone_s))
 
 
+def test_a_batch_of_a_size_that_was_not_measured_costs_what_lies_between() -> None:
+    three = replace(TWO, batch_size=3)
+    steps = [[Step(1, 1, 1)], [Step(3, 3, 1)]]
+    found = predict(Setting(0, 3, 3, 0.0), steps, costs={1: ONE, 3: three})
+    # Two sequences with four drafted tokens are halfway from one with two to three with six.
+    between_s = (ONE.step_s(num_levels=3, num_drafted=2) + three.step_s(num_levels=3, num_drafted=6)) / 2
+    plain_s = 2 * (ONE.plain_s + three.plain_s) / 2
+    assert found.speedup == pytest.approx(plain_s / (2 * ONE.first_s + between_s))
+
+
 def test_a_tree_is_followed_along_the_ranks_of_the_true_tokens() -> None:
     judged = Judged([True, False, False, True], [0.6, 0.5, 0.9, 0.9], [0, 1, 2, 0],
                     [[0.6, 0.3], [0.5, 0.4], [0.9, 0.1], [0.9, 0.1]])  # fmt: skip
