@@ -23,9 +23,12 @@ def spoil_wide_passes(monkeypatch: pytest.MonkeyPatch, spoil: Spoil, *, owner: t
         out, taps = original(self, hidden, span, **settings)
         return (spoil(out), taps) if len(out) > 1 else (out, taps)
 
-    def decide(self: object, hidden: Tensor, span: tuple[int, int], *, head: Any, taps: Any, **settings: Any) -> Any:
+    def decide(self: object, entering: Any, span: tuple[int, int], *, ends: Any, taps: Any, **settings: Any) -> Any:
+        embedding, scale, head, norm = ends
+        hidden = cpu.gather(embedding, entering) * scale if isinstance(entering, list) else entering
         out, tapped = perturbed(self, hidden, span, taps=taps, **settings)
-        return head[0].argmax(out, head[1]), {layer: out if layer == span[1] else tapped[layer] for layer in taps}
+        tapped |= {span[1]: out} if span[1] in taps else {}
+        return head.argmax(out, norm).tolist(), tapped
 
     monkeypatch.setattr(owner, name, perturbed)
     if owner is cpu.Stack:

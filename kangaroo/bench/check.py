@@ -205,9 +205,9 @@ class _WatchedRun:
                 self._chosen_from = hidden
             return target.logits(hidden, norm)
 
-        def decide(hidden: Tensor, span: tuple[int, int], *, attention: AttentionPass,
-                   taps: Sequence[int] = ()) -> tuple[Tensor, dict[int, Tensor]]:  # fmt: skip
-            ids, tapped = target.decide(hidden, span, attention=attention, taps=(*taps, span[1]))
+        def decide(entering: Tensor | list[int], span: tuple[int, int], *, attention: AttentionPass,
+                   taps: Sequence[int] = ()) -> tuple[list[int], dict[int, Tensor]]:  # fmt: skip
+            ids, tapped = target.decide(entering, span, attention=attention, taps=(*taps, span[1]))
             self._chosen_from = tapped[span[1]]
             return ids, tapped
 

@@ -65,15 +65,14 @@ def verify_draft(batch: Batch, drafter: Drafter, *, draft: Draft) -> Outcome:
     target = batch.target
     segments = [batch.segment(row, num_rows=len(parents), parents=parents) for row, parents in enumerate(draft.parents)]
     attention = CachedPass(batch.cache, segments)
-    entering = target.embed(_pack(draft)) if draft.hidden is None else draft.hidden
-    span = (draft.resume_layer, target.num_layers)
+    entering, span = _enter(draft, target), (draft.resume_layer, target.num_layers)
     choices = _Choices(batch.sequences, draft.num_nodes)
     if any(choices.wanting):
-        hidden, taps = target.forward(entering, span, attention=attention, taps=drafter.taps)
+        states = target.embed(entering) if isinstance(entering, list) else entering
+        hidden, taps = target.forward(states, span, attention=attention, taps=drafter.taps)
         choices.judge(target, hidden)
     else:
-        ids, taps = target.decide(entering, span, attention=attention, taps=drafter.taps)
-        choices.ids = ids.tolist()
+        choices.ids, taps = target.decide(entering, span, attention=attention, taps=drafter.taps)
     all_tokens = draft.tokens.tolist() if isinstance(draft.tokens, Tensor) else draft.tokens
     paths, emitted, tapped, first_row = [], [], [], 0
     for row, sequence in enumerate(batch.sequences):
@@ -175,10 +174,13 @@ def _verify(draft: Draft, row: int, *, tokens: SequenceOf[int], choices: _Choice
     return path, picked
 
 
-def _pack(draft: Draft) -> Tensor | list[int]:
-    """The draft's tokens [R] of all sequences, one behind the other."""
+def _enter(draft: Draft, target: Transformer) -> Tensor | list[int]:
+    """What enters verification: the states [R, D] of all nodes, or their tokens where the host knows them."""
+    if draft.hidden is not None:
+        return draft.hidden
     if isinstance(draft.tokens, Tensor):
-        return torch.cat([row[:count] for row, count in zip(draft.tokens, draft.num_nodes, strict=True)])
+        packed = [row[:count] for row, count in zip(draft.tokens, draft.num_nodes, strict=True)]
+        return target.embed(torch.cat(packed))
     return [token for row in draft.tokens for token in row]
 
 

@@ -39,8 +39,17 @@ class Stack:
         taps: Sequence[tuple[int, int]],
         tables: tuple[int, int, int],
         skips: Sequence[int],
-        head: tuple[Weight, int, float, float, tuple[int, int, int]] | None = None,
     ) -> None: ...
+    def decide(
+        self,
+        cache: Cache,
+        span: tuple[int, int],
+        segments: Sequence[tuple[int, int, int, int, Sequence[int] | None]],
+        entering: tuple[int, Weight, float, Sequence[int]],
+        taps: Sequence[tuple[int, int]],
+        tables: tuple[int, int, int],
+        head: tuple[Weight, int, float, float, tuple[int, int, int]],
+    ) -> list[int]: ...
 
 def run_head(head: tuple[Weight, int, float, float, tuple[int, int, int]], states: tuple[int, int]) -> None: ...
 def draft(

@@ -129,33 +129,31 @@ class Stack:
         cached: the cache, and cosine and sine [2, S, 1, E]. skips: for every layer of the stack, SKIP_ATTENTION and
         SKIP_MLP of what is left out. Returns also, for each tap in i..j, the states that enter it.
         """
-        states, addresses = self._make_room(hidden, span, segments=segments, taps=taps)
-        self._stack.run(cached[0], span, segments, *addresses, self._tables(cached[1]), skips)
-        return states[span[1]], {tap: states[tap] for tap in taps if tap in states}
+        (start, stop), shape = span, (sum(segment[3] for segment in segments), self._hidden_size)
+        out, inner = torch.empty(shape), {tap: torch.empty(shape) for tap in taps if start < tap < stop}
+        addresses = _address(hidden, shape), out.data_ptr()
+        self._stack.run(cached[0], span, segments, addresses, _addresses(inner), self._tables(cached[1]), skips)
+        states = {start: hidden, **inner, stop: out}
+        return out, {tap: states[tap] for tap in taps if tap in states}
 
     def decide(
-        self, hidden: Tensor, span: tuple[int, int], *, cached: tuple[Cache, Tensor], segments: Sequence[Segment],
-        taps: Sequence[int], head: "tuple[Head, Tensor]"
-    ) -> tuple[Tensor, dict[int, Tensor]]:  # fmt: skip
-        """As run(), and in the same call a head's argmax [R] under a norm [D], which is returned with the taps."""
-        states, addresses = self._make_room(hidden, span, segments=segments, taps=taps)
-        ids = torch.empty(len(states[span[1]]), dtype=torch.int64)
-        described = head[0].describe(head[1], (0, ids.data_ptr(), 0))
-        self._stack.run(cached[0], span, segments, *addresses, self._tables(cached[1]), (), described)
-        return ids, {tap: states[tap] for tap in taps if tap in states}
+        self, entering: Tensor | list[int], span: tuple[int, int], *, cached: tuple[Cache, Tensor],
+        segments: Sequence[Segment], taps: Sequence[int], ends: "tuple[Weight, float, Head, Tensor]"
+    ) -> tuple[list[int], dict[int, Tensor]]:  # fmt: skip
+        """As run(), and in the same call a head's argmax [R], which is returned with the taps.
 
-    def _make_room(
-        self, hidden: Tensor, span: tuple[int, int], *, segments: Sequence[Segment], taps: Sequence[int]
-    ) -> tuple[dict[int, Tensor], tuple[tuple[int, int], list[tuple[int, int]]]]:
-        """The states [R, D] that enter the tapped layers of a span and leave its last, still to be filled.
-
-        Returns also the addresses of what enters and leaves the span, and of the taps within it.
+        entering: states [R, D], or R rows of the embedding, which cannot be tapped; ends: the embedding and its scale,
+        the head and its norm [D].
         """
-        shape, (start, stop) = (sum(segment[3] for segment in segments), self._hidden_size), span
-        entering, out = _address(hidden, shape), torch.empty(shape)
-        inner = {tap: torch.empty(shape) for tap in taps if start < tap < stop}
-        addresses = (entering, out.data_ptr()), [(tap, buffer.data_ptr()) for tap, buffer in inner.items()]
-        return {start: hidden, **inner, stop: out}, addresses
+        (start, stop), shape = span, (sum(segment[3] for segment in segments), self._hidden_size)
+        embedding, scale, head, norm = ends
+        states, rows = (0, entering) if isinstance(entering, list) else (_address(entering, shape), ())
+        tapped = {tap: torch.empty(shape) for tap in taps if start < tap <= stop}
+        ids = self._stack.decide(cached[0], span, segments, (states, embedding, scale, rows), _addresses(tapped),
+                                 self._tables(cached[1]), head.describe(norm, (0, 0, 0)))  # fmt: skip
+        if start in taps and isinstance(entering, Tensor):
+            tapped[start] = entering
+        return ids, tapped
 
     def place(self, cache: Cache, tables: Tensor) -> tuple[_native.Stack, Cache, tuple[int, int, int]]:
         """This stack with a cache and rotary tables, as the native kernels take it."""
@@ -233,6 +231,11 @@ class Head:
         num_rows = hidden.shape[0]
         states = _address(hidden, (num_rows, self.weight.num_inputs))
         _native.run_head(self.describe(norm, out), (states, num_rows))
+
+
+def _addresses(taps: Mapping[int, Tensor]) -> list[tuple[int, int]]:
+    """Layers that are tapped, and where what enters them goes."""
+    return [(tap, buffer.data_ptr()) for tap, buffer in taps.items()]
 
 
 def _address(tensor: Tensor, shape: tuple[int, ...]) -> int:

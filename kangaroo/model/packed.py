@@ -75,11 +75,13 @@ class PackedStack:
         described = [] if skips is NO_SKIPS else _describe_skips(skips, self._config.num_layers)
         return self._stack.run(hidden, span, cached=cached, segments=segments, taps=taps, skips=described)
 
-    def decide(self, hidden: Tensor, span: tuple[int, int], *, attention: AttentionPass, taps: Sequence[int],
-               head: tuple[cpu.Head, Tensor]) -> tuple[Tensor, dict[int, Tensor]]:  # fmt: skip
-        """Run layers [i, j) and a head under a norm [D] as one call; returns the argmax [R] and the tapped states."""
+    def decide(
+        self, entering: Tensor | list[int], span: tuple[int, int], *, attention: AttentionPass, taps: Sequence[int],
+        ends: tuple[cpu.Weight, float, cpu.Head, Tensor]
+    ) -> tuple[list[int], dict[int, Tensor]]:  # fmt: skip
+        """An embedding, layers [i, j) and a head as one call: its argmax [R] and the tapped states."""
         cached, segments = self._locate(attention)
-        return self._stack.decide(hidden, span, cached=cached, segments=segments, taps=taps, head=head)
+        return self._stack.decide(entering, span, cached=cached, segments=segments, taps=taps, ends=ends)
 
     def _locate(self, attention: AttentionPass) -> tuple[tuple[cpu.Cache, Tensor], list[cpu.Segment]]:
         """Cache, rotary tables and segments of a pass, as the native kernels take them."""
@@ -149,11 +151,13 @@ class PackedTransformer(Transformer):
         """Run layers [i, j) of span over hidden states [R, D] that enter layer i; as Transformer.forward."""
         return self._stack.run(hidden, span, attention=attention, taps=taps, skips=skips)
 
-    def decide(self, hidden: Tensor, span: tuple[int, int], *, attention: AttentionPass,
-               taps: Sequence[int] = ()) -> tuple[Tensor, dict[int, Tensor]]:  # fmt: skip
-        """Layers [i, L) and the head in one call; as Transformer.decide."""
-        head = self._head, self.final_norm
-        return self._stack.decide(hidden, span, attention=attention, taps=taps, head=head)
+    def decide(self, entering: Tensor | list[int], span: tuple[int, int], *, attention: AttentionPass,
+               taps: Sequence[int] = ()) -> tuple[list[int], dict[int, Tensor]]:  # fmt: skip
+        """Embedding, layers [i, L) and head in one call; as Transformer.decide."""
+        if span[0] in taps and isinstance(entering, list):
+            entering = self.embed(entering)
+        ends = self._embedding, self.config.embedding_scale, self._head, self.final_norm
+        return self._stack.decide(entering, span, attention=attention, taps=taps, ends=ends)
 
     def logits(self, hidden: Tensor, norm: Tensor | None = None) -> Tensor:
         """Next-token logits [R, V] of hidden states [R, D] under a norm [D], the final one unless given."""

@@ -189,14 +189,15 @@ class Transformer:
         """The most likely next token [R] int64 of hidden states [R, D], the lowest id winning ties."""
         return self.logits(hidden).argmax(dim=-1)
 
-    def decide(self, hidden: Tensor, span: tuple[int, int], *, attention: AttentionPass,
-               taps: Sequence[int] = ()) -> tuple[Tensor, dict[int, Tensor]]:  # fmt: skip
-        """The most likely next token [R] behind states [R, D] that enter layer i of span (i, L), and the tapped states.
+    def decide(self, entering: Tensor | list[int], span: tuple[int, int], *, attention: AttentionPass,
+               taps: Sequence[int] = ()) -> tuple[list[int], dict[int, Tensor]]:  # fmt: skip
+        """The most likely next token [R] behind what enters layer i of span (i, L), and the tapped states.
 
-        As forward() and argmax().
+        As forward() and argmax(); entering: states [R, D], or R tokens to be embedded.
         """
+        hidden = self.embed(entering) if isinstance(entering, list) else entering
         leaving, tapped = self.forward(hidden, span, attention=attention, taps=taps)
-        return self.argmax(leaving), tapped
+        return self.argmax(leaving).tolist(), tapped
 
     def guess(self, hidden: Tensor, norm: Tensor) -> tuple[Tensor, Tensor]:
         """A drafter's argmax [R] int64 and its probability [R], of states [R, D] under the drafter's norm [D]."""

@@ -124,9 +124,20 @@ T* at(uintptr_t address) {
   return reinterpret_cast<T*>(address);
 }
 
-void gather(const Weight& weight, const std::vector<size_t>& rows, uintptr_t out) {
+void check_rows(const Weight& weight, const std::vector<size_t>& rows) {
   for (size_t row : rows) require(row < num_rows_of(weight), "row ids must be below the number of rows");
-  for (size_t i = 0; i < rows.size(); ++i) unpack_row(weight, rows[i], at<float>(out) + i * weight.num_inputs);
+}
+
+// Rows of a packed embedding, times its scale, [R, D].
+void embed(const Weight& weight, float scale, const std::vector<size_t>& rows, float* out) {
+  for (size_t i = 0; i < rows.size(); ++i) unpack_row(weight, rows[i], out + i * weight.num_inputs);
+  if (scale == 1.0f) return;
+  for (size_t i = 0; i < rows.size() * weight.num_inputs; ++i) out[i] *= scale;
+}
+
+void gather(const Weight& weight, const std::vector<size_t>& rows, uintptr_t out) {
+  check_rows(weight, rows);
+  embed(weight, 1.0f, rows, at<float>(out));
 }
 
 std::vector<float> copy(const std::optional<Vector>& values, size_t size, const char* name) {
@@ -247,35 +258,73 @@ HeadPass make_head_pass(const HeadArgument& argument, size_t num_rows, const flo
   return pass;
 }
 
-// hidden and out: [R, D]; tables: cosine and sine [num_positions, E]; taps: (layer, [R, D]); skips: of every layer of
-// the stack, or empty; head: what to make of the states that come out.
-void run(const Stack& stack, const Cache& cache, std::pair<size_t, size_t> span,
-         const std::vector<SegmentArgument>& segments, std::pair<uintptr_t, uintptr_t> hidden_out,
-         const std::vector<std::pair<size_t, uintptr_t>>& taps, const Tables& tables,
-         const std::vector<uint8_t>& skips, const std::optional<HeadArgument>& head) {
-  require(skips.empty() || skips.size() == stack.layers.size(), "skips must be given for every layer or none");
+// A pass over these segments, still without states; tables: cosine and sine [num_positions, E]; taps: (layer, [R, D]).
+Pass make_pass(const Stack& stack, const Cache& cache, std::pair<size_t, size_t> span,
+               const std::vector<SegmentArgument>& segments, const std::vector<std::pair<size_t, uintptr_t>>& taps,
+               const Tables& tables) {
   Pass pass = make_pass(stack, cache, span, tables);
-  pass.skips = skips;
   for (const SegmentArgument& segment : segments) add_rows(pass, segment, std::get<2>(tables));
   pass.num_rows = pass.rows.size();
   require(pass.num_rows > 0, "a pass needs at least one row");
+  for (const auto& [layer, address] : taps) pass.taps.emplace_back(layer, at<float>(address));
+  return pass;
+}
+
+// hidden and out: [R, D]; skips: of every layer of the stack, or empty.
+void run(const Stack& stack, const Cache& cache, std::pair<size_t, size_t> span,
+         const std::vector<SegmentArgument>& segments, std::pair<uintptr_t, uintptr_t> hidden_out,
+         const std::vector<std::pair<size_t, uintptr_t>>& taps, const Tables& tables,
+         const std::vector<uint8_t>& skips) {
+  require(skips.empty() || skips.size() == stack.layers.size(), "skips must be given for every layer or none");
+  Pass pass = make_pass(stack, cache, span, segments, taps, tables);
+  pass.skips = skips;
   pass.hidden = at<const float>(hidden_out.first);
   pass.out = at<float>(hidden_out.second);
-  for (const auto& [layer, address] : taps) pass.taps.emplace_back(layer, at<float>(address));
-  std::optional<HeadPass> head_pass;
-  if (head) {
-    head_pass = make_head_pass(*head, pass.num_rows, pass.out);
-    require(head_pass->head->num_inputs == stack.shape.hidden_size, "stack and head must have one hidden size");
-  }
   nb::gil_scoped_release released;
   std::lock_guard<std::mutex> lock(pass_mutex);
   workspace().reset();
   workspace().prepare(pass, Pool::instance().num_threads());
-  if (head_pass) workspace().prepare(*head_pass, Pool::instance().num_threads());
+  Pool::instance().run([&](Team& team) { active_kernels->run_span(pass, team); });
+}
+
+// What enters a pass: the address of states [R, D], or 0, and then the rows of an embedding, times its scale.
+using Entering = std::tuple<uintptr_t, const Weight&, float, std::vector<size_t>>;
+
+// The head's argmax behind every row.
+std::vector<int64_t> decide(const Stack& stack, const Cache& cache, std::pair<size_t, size_t> span,
+                            const std::vector<SegmentArgument>& segments, const Entering& entering,
+                            const std::vector<std::pair<size_t, uintptr_t>>& taps, const Tables& tables,
+                            const HeadArgument& head) {
+  const auto& [address, embedding, scale, tokens] = entering;
+  const size_t size = stack.shape.hidden_size;
+  Pass pass = make_pass(stack, cache, span, segments, taps, tables);
+  if (!address) {
+    require(tokens.size() == pass.num_rows && embedding.num_inputs == size, "every row needs a token to embed");
+    check_rows(embedding, tokens);
+  }
+  std::vector<int64_t> ids(pass.num_rows);
+  HeadPass head_pass = make_head_pass(head, pass.num_rows, nullptr);
+  require(head_pass.head->num_inputs == size, "stack and head must have one hidden size");
+  head_pass.argmax = ids.data();
+  nb::gil_scoped_release released;
+  std::lock_guard<std::mutex> lock(pass_mutex);
+  workspace().reset();
+  pass.out = workspace().take_states(pass.num_rows, size);
+  head_pass.hidden = pass.out;
+  if (address) {
+    pass.hidden = at<const float>(address);
+  } else {
+    float* states = workspace().take_states(pass.num_rows, size);
+    embed(embedding, scale, tokens, states);
+    pass.hidden = states;
+  }
+  workspace().prepare(pass, Pool::instance().num_threads());
+  workspace().prepare(head_pass, Pool::instance().num_threads());
   Pool::instance().run([&](Team& team) {
     active_kernels->run_span(pass, team);
-    if (head_pass) active_kernels->run_head(*head_pass, team);
+    active_kernels->run_head(head_pass, team);
   });
+  return ids;
 }
 
 // states: address of [R, D], and R.
@@ -469,13 +518,9 @@ class Drafting {
     if (shallow_.num_rows == 0) return;
     entering_.resize(shallow_.num_rows * size_);
     leaving_.resize(shallow_.num_rows * size_);
-    float* row = entering_.data();
-    for (const Tree* tree : level_) {
-      for (size_t node = tree->level; node < tree->num_nodes(); ++node, row += size_) {
-        unpack_row(embedding_, static_cast<size_t>(tree->tokens[node]), row);
-        for (size_t i = 0; i < size_; ++i) row[i] *= embedding_scale_;
-      }
-    }
+    std::vector<size_t> tokens;
+    for (const Tree* tree : level_) tokens.insert(tokens.end(), tree->tokens.begin() + tree->level, tree->tokens.end());
+    embed(embedding_, embedding_scale_, tokens, entering_.data());
     shallow_.hidden = entering_.data();
     shallow_.out = leaving_.data();
     workspace().prepare(shallow_, Pool::instance().num_threads());
@@ -823,7 +868,8 @@ NB_MODULE(_native, module) {
            "attention_scale"_a, "softcap"_a, "gelu"_a)
       .def("add_layer", &Stack::add_layer, "weights"_a, "norms"_a, "window"_a)
       .def("run", &run, "cache"_a, "span"_a, "segments"_a, "hidden_out"_a, "taps"_a, "tables"_a,
-           "skips"_a, "head"_a = nb::none());
+           "skips"_a)
+      .def("decide", &decide, "cache"_a, "span"_a, "segments"_a, "entering"_a, "taps"_a, "tables"_a, "head"_a);
   module.def("run_head", &run_head, "head"_a, "states"_a);
   module.def("draft", &draft, "target"_a, "adapter"_a, "starts"_a, "plan"_a, "pending_states"_a, "embedding_head"_a);
   module.def("linear", &run_linear, "weight"_a, "hidden"_a, "num_rows"_a, "out"_a);

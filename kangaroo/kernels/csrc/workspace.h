@@ -18,6 +18,9 @@ class Workspace {
     taken_ = 0;
   }
 
+  // Memory for states [R, D].
+  float* take_states(size_t num_rows, size_t size) { return take(round_up(num_rows * size)); }
+
   // Point the scratch buffers of a pass into this memory.
   void prepare(Pass& pass, size_t num_threads) {
     const Shape& shape = *pass.shape;
