@@ -66,10 +66,12 @@ inline void score(const Pass& pass, size_t layer_id, const AttentionTask& task, 
   const float* queries = pass.scratch.qkv + task.first * query_stride + task.head * dim;
   const TileStrides strides{query_stride, dim * 16, 16, score_stride};
   for (size_t row = 0; row < task.count;) {
-    const size_t count = take_rows(task.count - row);
+    const size_t count = take_rows(task.count - row, kAttentionRows);
     for (size_t panel = first; panel < last;) {
       const size_t panels = take_panels(count, last - panel);
-      multiply<float>(count, panels, queries + row * query_stride, keys + panel * dim * 16, dim, strides,
+      const float* own = keys + panel * dim * 16;
+      const Ahead<float> ahead(own + panels * dim * 16, dim * 16);
+      multiply<float>(count, panels, queries + row * query_stride, own, ahead, dim, strides,
                       scores + row * score_stride + panel * 16);
       panel += panels;
     }
@@ -107,13 +109,15 @@ inline void attend(const Pass& pass, size_t layer_id, const AttentionTask& task,
   for (size_t panel = 0; panel < num_panels;) {
     size_t taken = 1;
     for (size_t row = 0; row < task.count;) {
-      const size_t count = same_begin ? take_rows(task.count - row) : 1;
+      const size_t count = same_begin ? take_rows(task.count - row, kAttentionRows) : 1;
       if (row == 0) taken = take_panels(count, num_panels - panel);
       const size_t from = first_visible(layer, rows[row]), to = common > from ? common : from;
       for (size_t done = 0; done < taken;) {
         const size_t now = take_panels(count, taken - done);
-        multiply<float>(count, now, scores + row * score_stride + from, values + from * padded + (panel + done) * 16,
-                        to - from, strides, &out[0][done * 16]);
+        const float* own = values + from * padded + (panel + done) * 16;
+        const Ahead<float> ahead(own + now * 16, 16);
+        multiply<float>(count, now, scores + row * score_stride + from, own, ahead, to - from, strides,
+                        &out[0][done * 16]);
         done += now;
       }
       for (size_t m = 0; m < count; ++m) {

@@ -181,7 +181,11 @@ struct Stack {
     require(layers.empty() || !layers[0].down == !weights[3], "layers must all have an MLP or none");
     require(layers.empty() || !weights[3] || layers[0].down->num_inputs == weights[3]->num_inputs,
             "layers must have MLPs of one size");
-    Layer layer{weights[0], weights[1], weights[2], weights[3], {}, {}, {}, {}, {}, {}, window};
+    if (!layers.empty()) {
+      Layer& before = layers.back();
+      (before.down ? before.after_down : before.after_output) = weights[weights[0] ? 0 : 2].get();
+    }
+    Layer layer{weights[0], weights[1], weights[2], weights[3], weights[2].get(), nullptr, {}, {}, {}, {}, {}, {}, window};
     layer.input_norm = copy(norms[0], size, "input_norm");
     layer.query_norm = copy(norms[1], shape.head_dim, "query_norm");
     layer.key_norm = copy(norms[2], shape.head_dim, "key_norm");

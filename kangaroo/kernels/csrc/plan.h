@@ -47,8 +47,10 @@ struct Weight {
 enum class Activation { silu, gelu_tanh };
 
 // One decoder layer; an adapter's may have no attention (qkv is null) or no MLP (gate_up). Absent norms are empty.
+// after_output and after_down: the weights that are multiplied next, null behind the stack's last.
 struct Layer {
   std::shared_ptr<const Weight> qkv, output, gate_up, down;
+  const Weight *after_output, *after_down;
   std::vector<float> input_norm, query_norm, key_norm, post_attention_norm, mlp_norm, post_mlp_norm;
   int64_t window = 0;  // positions a row sees, itself included; 0 for all
 };

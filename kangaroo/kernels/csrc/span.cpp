@@ -41,9 +41,10 @@ const float* norm_rows(const Pass& pass, const float* hidden, const std::vector<
 }
 
 // out [rows, num_outputs] = x times weight, each thread its share of the panels.
-void project(const Weight& weight, const float* x, size_t num_rows, size_t row_stride, float* out, size_t out_stride,
+void project(const Upcoming& upcoming, const float* x, size_t num_rows, size_t row_stride, float* out, size_t out_stride,
              const Team& team) {
-  multiply_weight(weight, team.share(weight.num_panels()), x, num_rows, row_stride,
+  const Weight& weight = upcoming.first;
+  multiply_weight(upcoming, x, num_rows, row_stride, team,
                   [&](size_t row, size_t panel, size_t taken, const float* values) {
                     for (size_t p = 0; p < taken; ++p) {
                       const size_t column = (panel + p) * 16;
@@ -53,11 +54,11 @@ void project(const Weight& weight, const float* x, size_t num_rows, size_t row_s
                   });
 }
 
-void project_and_gate(const Pass& pass, const Weight& weight, const float* x, const Strides& strides,
+void project_and_gate(const Pass& pass, const Upcoming& upcoming, const float* x, const Strides& strides,
                       const Team& team) {
-  auto [first, last] = team.share(weight.num_panels() / 2);
+  const Weight& weight = upcoming.first;
   const bool is_silu = pass.shape->activation == Activation::silu;
-  multiply_weight(weight, {2 * first, 2 * last}, x, pass.num_rows, strides.normed,
+  multiply_weight(upcoming, x, pass.num_rows, strides.normed, team,
                   [&](size_t row, size_t panel, size_t taken, const float* values) {
                     for (size_t p = 0; p < taken; p += 2) {
                       const Lanes gate = finished(weight, panel + p, values + p * 16);
@@ -69,11 +70,12 @@ void project_and_gate(const Pass& pass, const Weight& weight, const float* x, co
 }
 
 // out = hidden + x times weight, normed first where the layer has a norm there (Gemma 2).
-void project_and_add(const Pass& pass, const Weight& weight, const float* x, size_t row_stride, const float* hidden,
+void project_and_add(const Pass& pass, const Upcoming& upcoming, const float* x, size_t row_stride, const float* hidden,
                      const std::vector<float>& post_norm, Team& team) {
+  const Weight& weight = upcoming.first;
   const Strides strides(pass);
   if (!post_norm.empty()) {
-    project(weight, x, pass.num_rows, row_stride, pass.scratch.update, strides.normed, team);
+    project(upcoming, x, pass.num_rows, row_stride, pass.scratch.update, strides.normed, team);
     team.meet();
     const auto [first, last] = team.share(pass.num_rows);
     for (size_t row = first; row < last; ++row) {
@@ -85,7 +87,7 @@ void project_and_add(const Pass& pass, const Weight& weight, const float* x, siz
     }
     return team.meet();
   }
-  multiply_weight(weight, team.share(weight.num_panels()), x, pass.num_rows, row_stride,
+  multiply_weight(upcoming, x, pass.num_rows, row_stride, team,
                   [&](size_t row, size_t panel, size_t taken, const float* values) {
                     for (size_t p = 0; p < taken; ++p) {
                       const size_t column = (panel + p) * 16, at = row * strides.hidden + column;
@@ -159,13 +161,13 @@ void run_attention(const Pass& pass, size_t layer_id, const float* hidden, Team&
   const Layer& layer = (*pass.layers)[layer_id];
   const Strides strides(pass);
   const float* normed = norm_rows(pass, hidden, layer.input_norm, team);
-  project(*layer.qkv, normed, pass.num_rows, strides.normed, pass.scratch.qkv, strides.qkv, team);
+  project({*layer.qkv, layer.output.get()}, normed, pass.num_rows, strides.normed, pass.scratch.qkv, strides.qkv, team);
   team.meet();
   place_heads(pass, layer_id, strides, team);
   team.meet();
   attend_all(pass, layer_id, strides, team);
   team.meet();
-  project_and_add(pass, *layer.output, pass.scratch.attended, strides.attended, hidden, layer.post_attention_norm,
+  project_and_add(pass, {*layer.output, layer.after_output}, pass.scratch.attended, strides.attended, hidden, layer.post_attention_norm,
                   team);
 }
 
@@ -173,9 +175,9 @@ void run_mlp(const Pass& pass, size_t layer_id, const float* hidden, Team& team)
   const Layer& layer = (*pass.layers)[layer_id];
   const Strides strides(pass);
   const float* normed = norm_rows(pass, hidden, layer.mlp_norm, team);
-  project_and_gate(pass, *layer.gate_up, normed, strides, team);
+  project_and_gate(pass, {*layer.gate_up, layer.down.get()}, normed, strides, team);
   team.meet();
-  project_and_add(pass, *layer.down, pass.scratch.gated, strides.gated, hidden, layer.post_mlp_norm, team);
+  project_and_add(pass, {*layer.down, layer.after_down}, pass.scratch.gated, strides.gated, hidden, layer.post_mlp_norm, team);
 }
 
 // Every thread copies its share; no thread goes on before all have.
@@ -262,7 +264,7 @@ void run_head(const HeadPass& pass, Team& team) {
     values[i] = -INFINITY;
     ids[i] = INT32_MAX;
   }
-  multiply_weight(head, team.share(head.num_panels()), states, pass.num_rows, stride,
+  multiply_weight({head, nullptr}, states, pass.num_rows, stride, team,
                   [&](size_t row, size_t panel, size_t taken, const float* products) {
                     for (size_t p = 0; p < taken; ++p) {
                       Lanes logits = finished(head, panel + p, products + p * 16);
@@ -281,7 +283,7 @@ void run_head(const HeadPass& pass, Team& team) {
 }
 
 void run_linear(const Weight& weight, const float* hidden, size_t num_rows, float* out, Team& team) {
-  project(weight, hidden, num_rows, weight.num_inputs, out, weight.num_outputs, team);
+  project({weight, nullptr}, hidden, num_rows, weight.num_inputs, out, weight.num_outputs, team);
 }
 
 float sum_values(const float* values, size_t count) {
