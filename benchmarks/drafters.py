@@ -1,7 +1,7 @@
 """Every drafter on the same prompts: what it costs, what is accepted, and how much faster the text comes.
 
     python benchmarks/drafters.py --code HumanEval.jsonl.gz --maths gsm8k_test.jsonl --copying question.jsonl
-        [--datastore DIR]
+        [--datastore DIR] [--reference FILE]
 
 All drafters take turns prompt by prompt in one process, after a warm-up, each with its own defaults and without
 adapting to what its drafts bring (engine/pace.py). Copying: the summaries and questions over given documents of
@@ -19,7 +19,7 @@ from kangaroo.bench.prompts import Prompt, read_prompts
 from kangaroo.bench.record import markdown_table, stamp, stamp_text, write_result
 from kangaroo.drafters.base import Batch, Drafter, Sequence
 from kangaroo.drafters.gate import GatedDrafter
-from kangaroo.drafters.settings import AutoSettings, RetrievalSettings
+from kangaroo.drafters.settings import AutoSettings, PromptLookupSettings, RetrievalSettings
 from kangaroo.llm import LLM, build_drafter
 from kangaroo.model.cache import depths_of
 from kangaroo.model.checkpoint import LoadedModel, load_model
@@ -59,14 +59,16 @@ class CountedDrafter:
         self._drafter.end(sequences)
 
 
-def build_all(model: LoadedModel, datastore: str | None) -> dict[str, Drafter]:
-    """Every drafter the bundled model can have; a draft model of its vocabulary there is none."""
-    names = ["plain", "kangaroo", "layer_skip", "medusa", "prompt_lookup"]
+def build_all(model: LoadedModel, datastore: str | None, references: tuple[str, ...]) -> dict[str, Drafter]:
+    """Every drafter the bundled model can have."""
+    names = ["plain", "kangaroo", "layer_skip", "medusa", "draft_model", "prompt_lookup"]
     drafters: dict[str, Drafter] = {name: build_drafter(model, name) for name in names}
     drafters["auto"] = build_drafter(model, AutoSettings(datastore=datastore))
     drafters["kangaroo behind a gate of 0.3"] = GatedDrafter(
         model.target, build_drafter(model, "kangaroo"), threshold=0.3
     )
+    if references:
+        drafters["prompt_lookup with references"] = build_drafter(model, PromptLookupSettings(references=references))
     if datastore is not None:
         drafters["retrieval"] = build_drafter(model, RetrievalSettings(datastore=datastore))
     return drafters
@@ -77,7 +79,8 @@ def num_parameters(model: LoadedModel, name: str) -> int:
     from safetensors import safe_open
 
     files = {"kangaroo": model.folder / "adapter" / "adapter.safetensors",
-             "medusa": model.folder / "medusa" / "heads.safetensors"}  # fmt: skip
+             "medusa": model.folder / "medusa" / "heads.safetensors",
+             "draft_model": model.folder / "draft_model" / "model.safetensors"}  # fmt: skip
     path = next(
         (path for owner, path in files.items() if owner in name or (name == "auto" and owner == "kangaroo")), None
     )
@@ -105,7 +108,10 @@ def describe(texts: list[Completion], num_levels: int, plain_step_s: float) -> d
 
 def measure(model: LoadedModel, prompts: list[tuple[int, ...]], args: argparse.Namespace) -> list[dict[str, object]]:
     """One row a drafter on these prompts."""
-    counted = {name: CountedDrafter(drafter) for name, drafter in build_all(model, args.datastore).items()}
+    counted = {
+        name: CountedDrafter(drafter)
+        for name, drafter in build_all(model, args.datastore, tuple(args.reference)).items()
+    }
     contenders = [KangarooContender(name, LLM(model, drafter)) for name, drafter in counted.items()]
     runs = interleave(contenders, prompts, num_rounds=1, max_new_tokens=args.max_new_tokens)
     plain = [run.completion for run in runs["plain"] if run.completion]
@@ -180,6 +186,7 @@ def main() -> None:
     parser.add_argument("--maths", type=Path, required=True, help="GSM8K, JSON lines with a question")
     parser.add_argument("--copying", type=Path, required=True, help="Spec-Bench's question.jsonl")
     parser.add_argument("--datastore", help="a folder made by `kangaroo datastore build`")
+    parser.add_argument("--reference", action="append", default=[], help="a text for prompt lookup to look in (LLMA)")
     parser.add_argument("--num-prompts", type=int, default=30)
     parser.add_argument("--max-new-tokens", type=int, default=128)
     parser.add_argument("--output", type=Path, default=Path("benchmarks/drafters"))

@@ -35,9 +35,11 @@ COMPANIONS = {
     "kangaroo": "adapter/config.json",
     "medusa": "medusa/config.json",
     "layer_skip": "skip_layers.json",
+    "draft_model": "draft_model/config.json",
 }
 # Their settings that name another.
-COMPANION_SETTINGS = {"retrieval": "datastore", "kangaroo": "adapter", "medusa": "heads", "layer_skip": "skip_layers"}
+COMPANION_SETTINGS = {"retrieval": "datastore", "kangaroo": "adapter", "medusa": "heads", "layer_skip": "skip_layers",
+                      "draft_model": "model"}  # fmt: skip
 # The drafters that only look things up.
 FREE = ("prompt_lookup", "retrieval")
 # One prompt as text or token ids, or several.
@@ -270,7 +272,10 @@ def resolve_settings(model: LoadedModel, drafter: str | Settings | None, *, batc
         return replace(settings, sources=_sources(model, settings))
     companion = COMPANION_SETTINGS.get(settings.name)
     if companion is not None and getattr(settings, companion) is None:
-        settings = replace(settings, **{companion: str(model.folder / Path(COMPANIONS[settings.name]).parts[0])})
+        path = model.folder / Path(COMPANIONS[settings.name]).parts[0]
+        # The name of a draft model that is not there would be taken for a hub id.
+        if path.exists() or settings.name != "draft_model":
+            settings = replace(settings, **{companion: str(path)})
     if isinstance(settings, KangarooSettings):
         settings = apply_tuning(settings, model, batch_size=batch_size)
         folder = Path(str(settings.adapter)).expanduser()

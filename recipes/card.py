@@ -1,8 +1,8 @@
 """Write the model card of the demo model from the records its making left.
 
     python recipes/card.py --corpus build/demo/corpus --state build/demo/target --model build/demo/model \
-        --adapter build/demo/adapter --medusa build/demo/medusa [--problems HumanEval.jsonl.gz] \
-        --output kangaroo/assets/demo/README.md
+        --adapter build/demo/adapter --medusa build/demo/medusa --draft-model build/demo/draft_model \
+        [--problems HumanEval.jsonl.gz] --output kangaroo/assets/demo/README.md
 """
 
 import argparse
@@ -94,6 +94,20 @@ def describe_medusa(report: dict[str, Any]) -> str:
     )
 
 
+def describe_draft_model(report: dict[str, Any]) -> str:
+    metrics = report["metrics"]
+    consistent = " / ".join(f"{metrics[f'ctar_{width}']:.3f}" for width in (1, 3, 6))
+    layers = " and ".join(str(layer) for layer in report["draft_model"]["layers"])
+    return (
+        f"A copy of the target's layers {layers} under its own embedding, head and norms, the layers trained further "
+        f"on the target's distributions over the same text by Muon ({report['plan']['learning_rate']}): "
+        f"{report['num_tokens_seen'] / 1e6:.2f}M tokens in {report['wall_time_s'] / 60:.0f} minutes "
+        f"(recipes/draft_model.py). On the same held-out texts, teacher-forced: top-1 {metrics['top1']:.3f}, top-3 "
+        f"{metrics['top3']:.3f}, expected acceptance {metrics['expected_acceptance']:.3f}, CTAR@1/3/6 {consistent}. "
+        "The report is draft_model/report.json."
+    )
+
+
 def main() -> None:
     parser = argparse.ArgumentParser(description=(__doc__ or "").splitlines()[0])
     parser.add_argument("--corpus", type=Path, required=True)
@@ -101,6 +115,7 @@ def main() -> None:
     parser.add_argument("--model", type=Path, required=True)
     parser.add_argument("--adapter", type=Path, required=True)
     parser.add_argument("--medusa", type=Path, required=True)
+    parser.add_argument("--draft-model", type=Path, required=True)
     parser.add_argument("--problems", type=Path, help="HumanEval.jsonl.gz, to measure the loss on")
     parser.add_argument("--output", type=Path, required=True)
     args = parser.parse_args()
@@ -121,6 +136,7 @@ def main() -> None:
         "## Training", describe_training(progress),
         "## Adapter", describe_adapter(read_json(args.adapter / "report.json")),
         "## Medusa heads", describe_medusa(read_json(args.medusa / "report.json")),
+        "## Draft model", describe_draft_model(read_json(args.draft_model / "report.json")),
     ]  # fmt: skip
     args.output.write_text("\n\n".join(sections) + "\n", encoding="utf-8")
 

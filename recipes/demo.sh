@@ -1,5 +1,5 @@
 #!/usr/bin/env bash
-# Make the bundled demo model, its adapter and its Medusa heads from the Python source on this machine. Nothing is fetched.
+# Make the bundled demo model, its adapter, its Medusa heads and its draft model from the Python source on this machine. Nothing is fetched.
 #
 #   recipes/demo.sh
 #
@@ -7,7 +7,7 @@
 # step again, delete its folder and those of the steps after it.
 #
 # MINUTES         how long to pre-train
-# ADAPTER_STEPS   how many steps to train the adapter, and the Medusa heads
+# ADAPTER_STEPS   how many steps to train the adapter, the Medusa heads, and the draft model
 # HUMANEVAL       HumanEval.jsonl.gz, an absolute path: its problems are kept out of the corpus and measure the model
 set -euo pipefail
 
@@ -15,7 +15,7 @@ cd "$(dirname "$0")/.."
 export PYTHONPATH=.  # the package of this checkout, not an installed one
 python=.venv/bin/python
 corpus=build/demo/corpus target=build/demo/target model=build/demo/model
-own=build/demo/own.jsonl adapter=build/demo/adapter medusa=build/demo/medusa
+own=build/demo/own.jsonl adapter=build/demo/adapter medusa=build/demo/medusa draft_model=build/demo/draft_model
 installed=kangaroo/assets/demo
 
 # The program of this checkout, whether or not it is installed.
@@ -74,12 +74,22 @@ if [[ ! -e $medusa/report.json ]]; then
         ${resume[@]+"${resume[@]}"}
 fi
 
+step "draft model: $draft_model"
+if [[ ! -e $draft_model/report.json ]]; then
+    resume=()
+    if [[ -e $draft_model/checkpoint/state.safetensors ]]; then resume=(--resume); fi
+    $python recipes/draft_model.py --model $model --data $own --output $draft_model \
+        --steps "${ADAPTER_STEPS:-1200}" ${resume[@]+"${resume[@]}"}
+fi
+
 step "bundled: $installed"
-mkdir -p $installed/adapter $installed/medusa
+mkdir -p $installed/{adapter,medusa,draft_model}
 # install sets the mode, since safetensors are written for their owner alone.
 install -m 644 $model/{config,generation_config,tokenizer,tokenizer_config}.json $model/model.safetensors $installed
 install -m 644 $adapter/{config.json,adapter.safetensors,report.json} $installed/adapter
 install -m 644 $medusa/{config.json,heads.safetensors,report.json} $installed/medusa
+install -m 644 $draft_model/{config,generation_config,tokenizer,tokenizer_config,report}.json \
+    $draft_model/model.safetensors $installed/draft_model
 install -m 644 $corpus/corpus.json $installed
 install -m 644 $target/progress.json $installed/training.json
 
@@ -91,4 +101,4 @@ else
     echo "HUMANEVAL is not set: the loss on it is not measured"
 fi
 $python recipes/card.py --corpus $corpus --state $target --model $model --adapter $adapter \
-    --medusa $medusa ${problems[@]+"${problems[@]}"} --output $installed/README.md
+    --medusa $medusa --draft-model $draft_model ${problems[@]+"${problems[@]}"} --output $installed/README.md

@@ -31,6 +31,7 @@ def test_bundle_is_small_and_carries_its_card() -> None:
     assert {"README.md", "config.json", "model.safetensors", "tokenizer.json", "generation_config.json"} <= names
     assert {"adapter/config.json", "adapter/adapter.safetensors", "adapter/report.json"} <= names
     assert {"medusa/config.json", "medusa/heads.safetensors", "medusa/report.json"} <= names
+    assert {"draft_model/config.json", "draft_model/model.safetensors", "draft_model/report.json"} <= names
     assert "skip_layers.json" in names
     assert sum(path.stat().st_size for path in files) < 60e6
 
@@ -60,7 +61,7 @@ def test_kangaroo_is_plain_decoding_to_the_bit_in_every_storage(storage: str, et
 
 
 @pytest.mark.parametrize("temperature", [0.0, 0.8])
-@pytest.mark.parametrize("drafter", ["kangaroo", "layer_skip", "medusa", "prompt_lookup", "auto"])
+@pytest.mark.parametrize("drafter", ["kangaroo", "layer_skip", "medusa", "prompt_lookup", "draft_model", "auto"])
 @pytest.mark.parametrize("prompt", PROMPTS)
 def test_drafters_draw_the_text_plain_decoding_draws(
     model: LoadedModel, prompt: str, drafter: str, temperature: float
@@ -71,7 +72,7 @@ def test_drafters_draw_the_text_plain_decoding_draws(
     assert plain.token_ids == drafted.token_ids
 
 
-@pytest.mark.parametrize("drafter", ["kangaroo", "medusa"])
+@pytest.mark.parametrize("drafter", ["kangaroo", "medusa", "draft_model"])
 def test_each_drafter_brings_at_least_half_a_token_a_step(model: LoadedModel, drafter: str) -> None:
     llm = LLM(model, build_drafter(model, drafter))
     completions = [llm.generate(prompt, SamplingParams(max_new_tokens=64)) for prompt in PROMPTS]

@@ -91,7 +91,10 @@ ExitLayer = Annotated[
 Heads = Annotated[str | None, _option("Folder of heads.", _MEDUSA, default="the folder 'medusa' of the model")]
 NumHeads = Annotated[int | None, _option("How many of the heads guess.", _MEDUSA, default="all")]
 SkipLayers = Annotated[str | None, _option("Skip list to draft with.", _SKIP, default="skip_layers.json of the model")]
-DraftModel = Annotated[str | None, _option("Folder or hub id of the draft model.", _MODEL)]
+DraftModel = Annotated[
+    str | None,
+    _option("Folder or hub id of the draft model.", _MODEL, default="the folder 'draft_model' of the model"),
+]
 DraftDtype = Annotated[
     str | None, _option("float32, bfloat16, float16 or int8: its weights.", _MODEL, default="the target's")
 ]

@@ -83,7 +83,7 @@ class PromptLookupSettings:
 class DraftModelSettings:
     """How a draft model drafts.
 
-    model: the draft model, a folder or hub id of the target's vocabulary; must be given.
+    model: the draft model, a folder or hub id of the target's vocabulary; None for "draft_model" beside the target.
     gamma: the most tokens to draft in depth.
     eta: stop drafting behind a token of less confidence, 0 for never; or how that adapts.
     num_siblings: guesses for the token behind one node, 1 for chains.

@@ -97,7 +97,10 @@ SkipLayers = Annotated[
 Datastore = Annotated[
     str | None, typer.Option(help="retrieval's folder.", show_default="the folder 'datastore' of the model")
 ]
-DraftModel = Annotated[str | None, typer.Option(help="draft_model's folder or hub id.")]
+DraftModel = Annotated[
+    str | None,
+    typer.Option(help="draft_model's folder or hub id.", show_default="the folder 'draft_model' of the model"),
+]
 
 
 @dataclass(frozen=True)
