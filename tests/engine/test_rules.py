@@ -3,19 +3,31 @@
 import itertools
 from collections import Counter
 from collections.abc import Iterable
+from types import SimpleNamespace
 
 import pytest
 import torch
 
-from kangaroo.drafters.base import Drafter, Sequence
+from kangaroo.drafters.base import Sequence
 from kangaroo.drafters.stopping import FixedLength
+from kangaroo.drafters.tree import Branching
 from kangaroo.engine.engine import Engine
 from kangaroo.engine.scheduler import Limits
 from kangaroo.kernels import cpu
 from kangaroo.model.cache import CachedPass, Segment
 from kangaroo.sampling import Prefix, distribution
 from kangaroo.types import Request, SamplingParams
-from tests.engine.cases import FAMILIES, ON_NATIVE, find_case, kangaroo, target_on
+from tests.engine.cases import (
+    FAMILIES,
+    FOUR_SIBLINGS,
+    ON_NATIVE,
+    auto,
+    draft_model,
+    find_case,
+    kangaroo,
+    lookup_in_references,
+    target_on,
+)
 from tests.engine.scenarios import decode_alone, prompt
 from tests.engine.scripts import ScriptedDrafter
 from tests.native import kernels_restored  # noqa: F401
@@ -124,22 +136,42 @@ class PossibleDrafter(ScriptedDrafter):
         return tokens, tuple(parents)
 
 
+# Those that guess with what they know of the target.
+GUESSING = {
+    "kangaroo": kangaroo(FixedLength(2)),
+    "kangaroo-tree": kangaroo(FixedLength(2), Branching(2, 6)),
+    "draft_model": draft_model(FixedLength(3)),
+    "auto": auto([lookup_in_references(FOUR_SIBLINGS)], [kangaroo(FixedLength(2))]),
+}
+
+
 @pytest.mark.parametrize(
     ("acceptance", "name"),
     [
-        *itertools.product(["coupling", "rejection", "block"], ["kangaroo", "possible-chain"]),
+        *itertools.product(
+            ["coupling", "rejection", "block"],
+            ["kangaroo", "possible-chain", "draft_model", "auto"],
+        ),
+        *itertools.product(["coupling", "rejection"], ["kangaroo-tree"]),
         ("rejection", "possible-tree"),
     ],
 )
-def test_texts_are_drawn_from_the_distribution_of_the_target(acceptance: str, name: str) -> None:
+def test_texts_are_drawn_from_the_distribution_of_the_target(
+    acceptance: str, name: str, monkeypatch: pytest.MonkeyPatch
+) -> None:
     cpu.select(BACKEND.kernels, num_threads=1)
+    # Who drafts must not depend on how busy the machine is.
+    monkeypatch.setattr("kangaroo.drafters.auto.time", SimpleNamespace(perf_counter=lambda: 0.0))
     family, prompt_ids = "llama", prompt(6, 2)
     expected = exact_probabilities(family, prompt_ids)
     assert sum(expected.values()) == pytest.approx(1)
     target = target_on(BACKEND, family)
-    drafter: Drafter = PossibleDrafter(sorted(expected, key=expected.get), 2 if name == "possible-tree" else 1)
-    if name == "kangaroo":
-        drafter = kangaroo(FixedLength(2))(target, {})
+    if name in GUESSING:
+        # What to look up are texts that may come.
+        texts = {Request((), SamplingParams(seed=seed)): [*prompt_ids, *text] for seed, text in enumerate(expected)}
+        drafter = GUESSING[name](target, texts)
+    else:
+        drafter = PossibleDrafter(sorted(expected, key=expected.get), 2 if name == "possible-tree" else 1)
     requests = [
         Request(prompt_ids, SamplingParams(NUM_NEW_TOKENS, seed=seed, acceptance=acceptance, **FEW))
         for seed in range(NUM_TEXTS)
