@@ -64,8 +64,7 @@ def time_pass(target: PackedTransformer, cache: object, tokens: torch.Tensor, *,
     """Seconds of one pass over tokens [M] behind num_cached slots, embedding to argmax."""
     started_s = time.perf_counter()
     attention = CachedPass(cache, [Segment(0, num_cached, len(tokens))])  # type: ignore[arg-type]
-    hidden, _ = target.forward(target.embed(tokens), (0, target.num_layers), attention=attention)
-    target.argmax(hidden)
+    target.decide(tokens.tolist(), (0, target.num_layers), attention=attention)
     return time.perf_counter() - started_s
 
 
@@ -106,7 +105,7 @@ def measure_passes(target: PackedTransformer, storage: str, *, num_repeats: int)
 def measure_outside(target: PackedTransformer, *, num_tokens: int) -> dict[str, float]:
     """A plain decoding step in the engine, and how much of it is spent outside the native kernels."""
     inside = [0.0]
-    run, head = _native.Stack.run, _native.run_head
+    run, decide = _native.Stack.run, _native.Stack.decide
 
     def timed(function: object) -> object:
         def wrapper(*args: object, **others: object) -> object:
@@ -117,7 +116,7 @@ def measure_outside(target: PackedTransformer, *, num_tokens: int) -> dict[str, 
 
         return wrapper
 
-    _native.Stack.run, _native.run_head = timed(run), timed(head)  # type: ignore[method-assign,assignment]
+    _native.Stack.run, _native.Stack.decide = timed(run), timed(decide)  # type: ignore[method-assign,assignment]
     try:
         engine = Engine(target, PlainDrafter())
         decoding = engine.submit(Request(tuple(range(3, 131)), SamplingParams(num_tokens)))
@@ -129,7 +128,7 @@ def measure_outside(target: PackedTransformer, *, num_tokens: int) -> dict[str, 
             steps.append(time.perf_counter() - started_s)
             shares.append(1 - inside[0] / steps[-1])
     finally:
-        _native.Stack.run, _native.run_head = run, head  # type: ignore[method-assign]
+        _native.Stack.run, _native.Stack.decide = run, decide  # type: ignore[method-assign]
     return {"step_time_s": statistics.median(steps), "outside_share": statistics.median(shares)}
 
 

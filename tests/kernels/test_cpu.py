@@ -574,6 +574,68 @@ def test_layers_that_do_not_fit_their_stack_are_refused() -> None:
     stack.add_layer([qkv, output, gate_up, down], norms, window=None)
 
 
+def test_a_stack_runs_on_after_refusing_a_layer() -> None:
+    small, hidden = SmallStack(), noise(3, 20)
+    expected = small.run(hidden, small.cache(), (0, 0, 0, 3, None))
+    shapes = ((24, 20), (20, 12), (46, 20), (20, 23))
+    weights = [cpu.pack(noise(*shape), storage="float32", paired=shape[0] == 46) for shape in shapes]
+    with pytest.raises(ValueError, match="norm is missing"):
+        small.stack.add_layer(weights, {"input_norm": torch.ones(20)}, window=None)
+    # What is multiplied after the last layer must not be what was refused, and is gone.
+    del weights
+    assert torch.equal(small.run(hidden, small.cache(), (0, 0, 0, 3, None)), expected)
+
+
+# Embedding, layers and head in one call
+
+
+class SmallModel(SmallStack):
+    """A small stack between an embedding and a head."""
+
+    def __init__(self, *, scale: float = 1.0, storage: str = "float32") -> None:
+        super().__init__(storage=storage)
+        self.scale = scale
+        self.embedding = cpu.pack(noise(30, 20, seed=70), storage=storage)
+        self.head = cpu.Head(cpu.pack(noise(30, 20, seed=71), storage=storage), norm_eps=1e-6, softcap=None)
+        self.norm = noise(20, seed=72)
+
+    def decide(self, entering: Any, segment: Any, *, taps: Any = (), **parts: Any) -> Any:
+        ends = parts.get("embedding", self.embedding), self.scale, parts.get("head", self.head), self.norm
+        span = 0, self.num_layers
+        cached = self.cache(), self.tables
+        return self.stack.decide(entering, span, cached=cached, segments=(segment,), taps=taps, ends=ends)
+
+
+@pytest.mark.parametrize("storage", STORAGES)
+@pytest.mark.parametrize("scale", [1.0, 2.5])
+def test_tokens_are_decided_as_their_states_are_run(storage: str, scale: float) -> None:
+    small, tokens, segment = SmallModel(scale=scale, storage=storage), [7, 0, 29, 7], (0, 0, 0, 4, None)
+    states = cpu.gather(small.embedding, tokens) * scale
+    out, tapped = small.stack.run(states, (0, 2), cached=(small.cache(), small.tables), segments=(segment,), taps=(1,))
+    expected = small.head.argmax(out, small.norm).tolist()
+    ids, inner = small.decide(tokens, segment, taps=(1, 2))
+    assert ids == expected
+    assert len(set(ids)) > 1
+    assert_same((inner[1], inner[2]), (tapped[1], out))
+    ids, every = small.decide(states, segment, taps=(0, 1, 2))
+    assert ids == expected
+    assert_same((every[0], every[1], every[2]), (states, tapped[1], out))
+
+
+def test_what_does_not_fit_the_stack_is_not_decided() -> None:
+    small, segment = SmallModel(), (0, 0, 0, 2, None)
+    for tokens in ([1], [1, 2, 3], []):
+        refused(lambda tokens=tokens: small.decide(tokens, segment), "every row needs a token")
+    refused(lambda: small.decide([1, 30], segment), "row ids must be below")
+    refused(lambda: small.decide(noise(2, 19), segment))
+    narrow = cpu.pack(noise(30, 19), storage="float32")
+    refused(lambda: small.decide([1, 2], segment, embedding=narrow), "every row needs a token")
+    with pytest.raises(TypeError):
+        small.decide([1, -1], segment)
+    head, small.norm = cpu.Head(narrow, norm_eps=1e-6, softcap=None), noise(19)
+    refused(lambda: small.decide([1, 2], segment, head=head), "one hidden size")
+
+
 def test_unknown_instruction_sets_and_thread_counts_are_refused() -> None:
     chosen = cpu.selected(), cpu.num_threads()
     with pytest.raises(SettingsError, match=r"instruction set must be one of .*baseline.*, got sse9"):
@@ -589,9 +651,15 @@ def test_values_do_not_depend_on_a_threads_floating_point_mode() -> None:
     cpu.select(cpu.selected(), num_threads=2)
     expected = cpu.linear(hidden, weight)
     assert (expected > 0).all()
+    small = SmallModel(scale=1e-30)
+    small.embedding = cpu.pack(torch.full((30, 20), 1e-10) * noise(30, 20).sign(), storage="float32")
+    ids, inner = small.decide([1, 2, 3], (0, 0, 0, 3, None), taps=(1,))
     flushes = torch.set_flush_denormal(True)
     try:
         assert torch.equal(cpu.linear(hidden, weight), expected)
+        again, found = small.decide([1, 2, 3], (0, 0, 0, 3, None), taps=(1,))
+        assert again == ids
+        assert torch.equal(found[1], inner[1])
     finally:
         torch.set_flush_denormal(False)
     assert flushes or not torch.backends.cpu.get_cpu_capability()

@@ -181,11 +181,8 @@ struct Stack {
     require(layers.empty() || !layers[0].down == !weights[3], "layers must all have an MLP or none");
     require(layers.empty() || !weights[3] || layers[0].down->num_inputs == weights[3]->num_inputs,
             "layers must have MLPs of one size");
-    if (!layers.empty()) {
-      Layer& before = layers.back();
-      (before.down ? before.after_down : before.after_output) = weights[weights[0] ? 0 : 2].get();
-    }
-    Layer layer{weights[0], weights[1], weights[2], weights[3], weights[2].get(), nullptr, {}, {}, {}, {}, {}, {}, window};
+    Layer layer{weights[0], weights[1], weights[2], weights[3], weights[2].get(), nullptr,
+                {},         {},         {},         {},         {},               {},      window};
     layer.input_norm = copy(norms[0], size, "input_norm");
     layer.query_norm = copy(norms[1], shape.head_dim, "query_norm");
     layer.key_norm = copy(norms[2], shape.head_dim, "key_norm");
@@ -194,6 +191,9 @@ struct Stack {
     layer.post_mlp_norm = copy(norms[5], size, "post_mlp_norm");
     require(layer.input_norm.empty() == !weights[0] && layer.mlp_norm.empty() == !weights[2], "a norm is missing");
     layers.push_back(std::move(layer));
+    if (layers.size() == 1) return;
+    Layer& before = layers[layers.size() - 2];
+    (before.down ? before.after_down : before.after_output) = weights[weights[0] ? 0 : 2].get();
   }
 };
 
@@ -315,16 +315,15 @@ std::vector<int64_t> decide(const Stack& stack, const Cache& cache, std::pair<si
   workspace().reset();
   pass.out = workspace().take_states(pass.num_rows, size);
   head_pass.hidden = pass.out;
-  if (address) {
-    pass.hidden = at<const float>(address);
-  } else {
-    float* states = workspace().take_states(pass.num_rows, size);
-    embed(embedding, scale, tokens, states);
-    pass.hidden = states;
-  }
+  float* embedded = address ? nullptr : workspace().take_states(pass.num_rows, size);
+  pass.hidden = address ? at<const float>(address) : embedded;
   workspace().prepare(pass, Pool::instance().num_threads());
   workspace().prepare(head_pass, Pool::instance().num_threads());
   Pool::instance().run([&](Team& team) {
+    if (embedded) {
+      if (team.thread == 0) embed(embedding, scale, tokens, embedded);
+      team.meet();
+    }
     active_kernels->run_span(pass, team);
     active_kernels->run_head(head_pass, team);
   });

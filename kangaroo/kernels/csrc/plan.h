@@ -47,7 +47,7 @@ struct Weight {
 enum class Activation { silu, gelu_tanh };
 
 // One decoder layer; an adapter's may have no attention (qkv is null) or no MLP (gate_up). Absent norms are empty.
-// after_output and after_down: the weights that are multiplied next, null behind the stack's last.
+// after_output and after_down: the weights that are multiplied next where nothing is skipped, null behind the last.
 struct Layer {
   std::shared_ptr<const Weight> qkv, output, gate_up, down;
   const Weight *after_output, *after_down;

@@ -10,7 +10,8 @@ namespace KANGAROO_ISA {
 // Rows a tile may have: what keeps rows x panels accumulators, the weights and a broadcast in registers.
 #if defined(__AVX512F__)
 constexpr size_t kMaxRows = 8;
-constexpr size_t panels_for(size_t rows) { return rows <= 5 ? 4 : 2; }
+constexpr size_t kRowsOfFourPanels = 5;
+constexpr size_t panels_for(size_t rows) { return rows <= kRowsOfFourPanels ? 4 : 2; }
 #elif defined(__AVX2__)
 constexpr size_t kMaxRows = 6;
 constexpr size_t panels_for(size_t rows) { return rows == 1 ? 4 : rows <= 3 ? 2 : 1; }
@@ -22,9 +23,13 @@ constexpr size_t kMaxRows = 2;
 constexpr size_t panels_for(size_t) { return 1; }
 #endif
 
-// Rows of a tile over keys or values. Two panels are but half a position's values, which are then fetched from afar
-// twice; fewer rows at a time go over them again, but find them in the nearest cache.
-constexpr size_t kAttentionRows = panels_for(kMaxRows) >= panels_for(5) ? kMaxRows : 5;
+// Rows of a tile over keys or values. Where more rows leave registers for fewer panels, a position's values are fetched
+// from afar a part at a time; fewer rows go over them again, but find them in the nearest cache.
+#if defined(__AVX512F__)
+constexpr size_t kAttentionRows = kRowsOfFourPanels;
+#else
+constexpr size_t kAttentionRows = kMaxRows;
+#endif
 
 // Where a tile's operands lie: input k of row m at x[m * row_stride + k], the weights of input k and panel p at
 // w[p * panel_stride + k * step], output column 16 p + j of row m at out[m * out_stride + 16 p + j].
@@ -160,7 +165,7 @@ inline std::pair<size_t, size_t> share_of(const Weight& weight, const Team& team
   return {unit * first, unit * last};
 }
 
-// A weight to multiply by, and the one after it, which may be null, to be fetched in time.
+// A weight to multiply by, and the one after it, to be fetched in time; null where that is not known.
 using Upcoming = std::pair<const Weight&, const Weight*>;
 
 // Multiply rows x [num_rows, num_inputs] by a thread's share of a weight. finish(row, panel, taken, values) receives
