@@ -19,8 +19,12 @@ MAX_LOSS = 0.99
 # were hard to guess may become easy.
 PROBE_EVERY = 64
 MIN_PATIENCE, MAX_PATIENCE = 8, 128
-# What catching up with a text takes, which may be long, may be this share of the time between tries.
+# What a try takes beyond plain steps, and catching up with the text before it, which may be long, may be this share of
+# the time between tries.
 TRY_SHARE = 0.01
+# Drafts of a try: the first may have to catch up, and is not counted. Steps that they are waited for at most: what they
+# were measured to take may have been a disturbance.
+TRY_LENGTH, MAX_WAIT = 2, 4 * MAX_PATIENCE
 # Steps between two choices: neither costs nor acceptance change faster.
 CHOOSE_EVERY = 8
 # Times a median is taken of, and how many of them the first comparison needs of either kind.
@@ -190,14 +194,19 @@ class Pace:
         if self._since_probe < self._patience:
             return 0
         if self._granted:
-            # Of two drafts in a row the second is steady; a try that fails again waits twice as long.
+            # A try that fails again waits twice as long.
             self._since_probe, self._since_choice = 0, CHOOSE_EVERY
             self._patience = min(2 * self._patience, MAX_PATIENCE)
-        elif (
-            self._catch_up_s * self._count_missed(sequences) > TRY_SHARE * self._since_probe * self._loads[size].plain_s
-        ):
+        elif self._price_try(sequences, self._loads[size]) > TRY_SHARE * self._since_probe:
             return 0
         return MAX_NODES
+
+    def _price_try(self, sequences: SequenceOf[Sequence], load: _Load) -> float:
+        """What a try takes that brings nothing, in plain steps."""
+        whole = load.ratio(MAX_NODES)
+        assert whole is not None, "only what is known to lose is tried"
+        catch_up = self._catch_up_s * self._count_missed(sequences) / load.plain_s
+        return catch_up + min(TRY_LENGTH * max(0.0, whole - 1), TRY_SHARE * MAX_WAIT)
 
     def _count_missed(self, sequences: SequenceOf[Sequence]) -> int:
         """Tokens since the last drafts, at least one."""

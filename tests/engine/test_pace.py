@@ -9,7 +9,16 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from kangaroo.drafters.base import DEFAULT_PRICES, MAX_NODES, Prices, Sequence
-from kangaroo.engine.pace import MAX_PATIENCE, MIN_PATIENCE, NUM_NEEDED, NUM_RATIOS, PROBE_EVERY, Pace
+from kangaroo.engine.pace import (
+    MAX_PATIENCE,
+    MAX_WAIT,
+    MIN_PATIENCE,
+    NUM_DRAFTS,
+    NUM_NEEDED,
+    NUM_RATIOS,
+    PROBE_EVERY,
+    Pace,
+)
 from kangaroo.types import Draft, Outcome, Request, SamplingParams
 from tests.tiny import chain_parents
 
@@ -106,8 +115,18 @@ def test_it_stops_drafting_where_that_does_not_pay() -> None:
     assert limits.count(MAX_NODES) < 0.03 * len(limits)
 
 
+def test_drafting_in_vain_takes_less_than_three_percent() -> None:
+    pace, world, spent_s = Pace(), hopeless(), 0.0
+    limits = world.run(pace, 20000)
+    for limit in limits:
+        spent_s += BASE_S * (1 + (world.depth if limit else 0))
+    assert spent_s < 1.03 * BASE_S * len(limits)
+    # It has not given up.
+    assert MAX_NODES in limits[10000:]
+
+
 def test_failed_tries_are_ever_further_apart() -> None:
-    limits = hopeless().run(Pace(), 1000)[NUM_FIRST:]
+    limits = World(row_s=0.01 * BASE_S, accepted=(0,)).run(Pace(), 1000)[NUM_FIRST:]
     tries = [step for step, limit in enumerate(limits) if limit == MAX_NODES]
     # Two steps each, of which the second is counted.
     assert [later - earlier for earlier, later in zip(tries[::2], tries[1::2], strict=False)] == [1] * (len(tries) // 2)
@@ -129,7 +148,7 @@ def test_tries_that_must_catch_up_with_long_texts_are_rare() -> None:
 
 def count_tries(pace: Pace, num_tokens: int) -> int:
     """Tries on hopeless texts of so many tokens, a new one every 50 steps; seeing a token takes 1% of a step."""
-    world, num_tries = World(row_s=BASE_S, accepted=(0,)), 0
+    world, num_tries = World(row_s=0.1 * BASE_S, accepted=(0,)), 0
     for step in range(5000):
         if step % 50 == 0:
             world.sequences = [Sequence(Request((1,) * num_tokens, SamplingParams()), 0)]
@@ -173,7 +192,7 @@ def test_it_learns_again_when_the_machine_changes(costly_first: bool) -> None:
     world.row_s = 2 * BASE_S if costly_first else 0.0
     world.run(pace, 300)
     world.row_s = 2 * BASE_S - world.row_s
-    world.run(pace, NUM_RATIOS * MAX_PATIENCE)
+    world.run(pace, NUM_RATIOS * MAX_WAIT)
     limits = world.run(pace, 100)
     assert max(limits, key=limits.count) == (MAX_NODES if costly_first else 0)
 
@@ -367,7 +386,7 @@ def test_price_that_a_disturbance_raised_comes_down_again() -> None:
     world.run(pace, 50)
     assert pace.prices.chain == 1.0
     world.row_s = 0.02 * BASE_S
-    world.run(pace, 2000)
+    world.run(pace, NUM_DRAFTS * MAX_WAIT)
     assert pace.prices.chain == pytest.approx(0.02)
     assert world.depth == 5
 
