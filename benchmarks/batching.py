@@ -165,7 +165,7 @@ def measure(model: LoadedModel, peer: TransformersContender, *, prompts: Prompts
             "share_drafting": pace.num_drafting / pace.num_steps if pace else None,
             "num_texts": sum(len(one.texts) for one in mine),
             "num_equal": sum(a == b for one, other in zip(mine, runs["plain"], strict=False)
-                             for a, b in zip(one.texts, other.texts, strict=False)),
+                             for a, b in zip(one.texts, other.texts, strict=name in llms)),
         })  # fmt: skip
     return rows
 
@@ -209,7 +209,8 @@ def main() -> None:
         f"{QUEUE_BATCHES} texts for each place in the batch, and {MIN_TEXTS} texts; tokens a second span prefill and "
         "decoding; ratios are means over rounds, with a bootstrap interval. The engines take turns every few "
         "milliseconds; a warm-up round, in which the pace learns, is left out. Latency is the time between two "
-        "emissions of a text, shared by the tokens of the second; beside it, the time not shared.",
+        "emissions of a text, shared by the tokens of the second, and the prompts that are read meanwhile are in it; "
+        f"beside it, the time not shared. transformers has {NUM_PEER_ROUNDS - 1} rounds of one batch each.",
         markdown_table(header, [describe(row) for row in rows]),
         "`kangaroo` adapts the depth of its drafts to what steps of the batch size cost (engine/pace.py); transformers "
         "pads prompts on the left and does not promise plain's texts.",

@@ -1,7 +1,7 @@
 """Every drafter on the same prompts: what it costs, what is accepted, and how much faster the text comes.
 
     python benchmarks/drafters.py --code HumanEval.jsonl.gz --maths gsm8k_test.jsonl --copying question.jsonl
-        [--datastore DIR] [--reference FILE]
+        [--datastore DIR] [--reference FILE ...]
 
 All drafters take turns prompt by prompt in one process, after a warm-up, each with its own defaults and without
 adapting to what its drafts bring (engine/pace.py). Copying: the summaries and questions over given documents of
