@@ -1,5 +1,6 @@
 #!/usr/bin/env bash
-# Make the bundled demo model, its adapter, its Medusa heads and its draft model from the Python source on this machine. Nothing is fetched.
+# Make the bundled demo model, its adapter, its Medusa heads and its draft model from the Python source on this machine.
+# Nothing is fetched.
 #
 #   recipes/demo.sh
 #

@@ -49,6 +49,7 @@ class DraftModelRun(TrainingRun[TrainingPlan]):
         tensors = {f"{index}.{name}": getattr(layer, name) for index, layer in enumerate(self.student.layers)
                    for name in MATRICES}  # fmt: skip
         super().__init__(target, dataset, plan=plan, tensors=tensors)
+        self.facts["layers"] = layer_ids
 
     def make_optimizer(self) -> torch.optim.Optimizer:
         """Muon, whose steps suit matrices of any scale."""
@@ -98,7 +99,9 @@ def main() -> None:
     parser.add_argument("--model", required=True, help="folder of the target")
     parser.add_argument("--data", type=Path, required=True, help="text of the target's own (continuations.py)")
     parser.add_argument("--output", type=Path, required=True)
-    parser.add_argument("--layers", type=int, nargs="+", help="the target's layers to begin with; its first and last")
+    parser.add_argument(
+        "--layers", type=int, nargs="+", help="the target's layers to begin with; its first and last unless given"
+    )
     parser.add_argument("--steps", type=int, default=1200)
     parser.add_argument("--batch-size", type=int, default=4)
     parser.add_argument("--sequence-length", type=int, default=512)

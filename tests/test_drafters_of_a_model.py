@@ -19,13 +19,14 @@ from kangaroo.drafters.prompt_lookup import PromptLookupDrafter
 from kangaroo.drafters.settings import (
     SETTINGS,
     AutoSettings,
+    DraftModelSettings,
     GateSettings,
     KangarooSettings,
     PlainSettings,
     PromptLookupSettings,
 )
 from kangaroo.errors import AdapterError, SettingsError
-from kangaroo.llm import COMPANIONS, build_drafter, find_companions
+from kangaroo.llm import COMPANIONS, build_drafter, find_companions, resolve_settings
 from kangaroo.model.checkpoint import LoadedModel, load_model
 from kangaroo.model.weights import save_checkpoint
 from tests.tiny import VOCAB_SIZE, save_tiny_tokenizer, tiny_config, tiny_raw_config, tiny_transformer
@@ -54,6 +55,10 @@ def add_companion(model: LoadedModel, name: str) -> None:
         build_datastore(
             [np.arange(9)], model.folder / "datastore", vocab_size=VOCAB_SIZE, fingerprint=model.tokenizer.fingerprint()
         )
+    elif name == "draft_model":
+        folder = model.folder / "draft_model"
+        save_checkpoint(tiny_transformer(tiny_config()), folder, raw_config=tiny_raw_config(), dtype=torch.float32)
+        save_tiny_tokenizer(folder)
     else:
         assert name == "layer_skip"
         (model.folder / "skip_layers.json").write_text('{"tiny": {"attention": [2], "mlp": []}}')
@@ -86,11 +91,20 @@ def test_empty_folders_are_no_companions(model: LoadedModel) -> None:
 
 
 def test_only_an_adapter_is_taken_without_being_asked_for(model: LoadedModel) -> None:
-    for name in ("medusa", "retrieval", "layer_skip"):
+    for name in ("medusa", "retrieval", "layer_skip", "draft_model"):
         add_companion(model, name)
     assert isinstance(build_drafter(model, None), PlainDrafter)
     add_companion(model, "kangaroo")
     assert isinstance(build_drafter(model, None), KangarooDrafter)
+
+
+def test_a_draft_model_is_named_where_it_lies_beside_the_model_and_left_open_where_none_does(
+    model: LoadedModel,
+) -> None:
+    assert resolve_settings(model, "draft_model") == DraftModelSettings()
+    add_companion(model, "draft_model")
+    assert resolve_settings(model, "draft_model") == DraftModelSettings(model=str(model.folder / "draft_model"))
+    assert resolve_settings(model, DraftModelSettings(model="org/name")) == DraftModelSettings(model="org/name")
 
 
 # --- several drafters as one
@@ -105,6 +119,8 @@ def test_only_an_adapter_is_taken_without_being_asked_for(model: LoadedModel) ->
         (["layer_skip", "medusa", "kangaroo"], ["prompt_lookup", "kangaroo"]),
         (["medusa", "retrieval"], ["prompt_lookup", "retrieval", "medusa"]),
         (["retrieval"], ["prompt_lookup", "retrieval"]),
+        (["draft_model"], ["prompt_lookup", "draft_model"]),
+        (["draft_model", "layer_skip"], ["prompt_lookup", "layer_skip"]),
     ],
 )
 def test_auto_takes_prompt_lookup_a_datastore_and_the_best_that_lies_beside_the_model(

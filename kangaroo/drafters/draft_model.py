@@ -40,7 +40,8 @@ def build(model: LoadedModel, settings: DraftModelSettings) -> DraftModelDrafter
     or has another vocabulary.
     """
     if settings.model is None:
-        raise SettingsError("drafter draft_model needs the draft model's folder or hub id, got none; set model")
+        raise SettingsError("drafter draft_model needs a draft model, got none; set model to a folder or hub id, or "
+                            "lay one in the folder draft_model beside the target")  # fmt: skip
     stopping = choose_stopping(settings.gamma, settings.eta)
     branching = Branching(settings.num_siblings, settings.max_nodes)
     target = model.target

@@ -123,9 +123,9 @@ class AutoSettings:
     """Which drafters share the work, each with its own defaults.
 
     sources: names, lookups being asked before those that run a model; none for prompt lookup and whatever lies beside
-    the model: a datastore, and an adapter, else heads, else a skip list. datastore, references: retrieval's and prompt
-    lookup's, as in their own settings. Raises SettingsError where they are given to a source that is not among those
-    named.
+    the model: a datastore, and an adapter, else heads, else a skip list, else a draft model. datastore, references:
+    retrieval's and prompt lookup's, as in their own settings. Raises SettingsError where they are given to a source
+    that is not among those named.
     """
 
     name: ClassVar[str] = "auto"

@@ -50,6 +50,17 @@ def test_parts_add_the_contenders_they_are_for(tmp_path: Path) -> None:
     assert choose_names(["plain"], tmp_path, parts=parts) == names
 
 
+def test_a_draft_model_beside_the_model_serves_those_that_need_one(folder: Path) -> None:
+    raw = tiny_raw_config()
+    save_checkpoint(tiny_transformer(tiny_config()), folder / "draft_model", raw_config=raw, dtype=torch.float32)
+    save_tiny_tokenizer(folder / "draft_model")
+    wanted = ["draft_model", "transformers-assistant"]
+    names = choose_names(wanted, folder, parts=Parts())
+    assert names == ["plain", *wanted]
+    contenders, left_out = build_contenders(load_model(str(folder)), names, parts=Parts())
+    assert ([one.name for one in contenders], left_out) == (names, {})
+
+
 @pytest.mark.parametrize(
     ("name", "fragment"),
     [

