@@ -1,6 +1,6 @@
 #!/usr/bin/env bash
-# Make the bundled demo model, its adapter, its Medusa heads and its draft model from the Python source on this machine.
-# Nothing is fetched.
+# Make the bundled demo model, its adapter, Medusa heads, draft model and skip list from the Python source on this
+# machine. Nothing is fetched.
 #
 #   recipes/demo.sh
 #
@@ -9,7 +9,8 @@
 #
 # MINUTES         how long to pre-train
 # ADAPTER_STEPS   how many steps to train the adapter, the Medusa heads, and the draft model
-# HUMANEVAL       HumanEval.jsonl.gz, an absolute path: its problems are kept out of the corpus and measure the model
+# HUMANEVAL       HumanEval.jsonl.gz, an absolute path: its problems are kept out of the corpus and measure the model,
+#                 but for the first eight, on which the sublayers to skip are searched
 set -euo pipefail
 
 cd "$(dirname "$0")/.."
@@ -17,6 +18,7 @@ export PYTHONPATH=.  # the package of this checkout, not an installed one
 python=.venv/bin/python
 corpus=build/demo/corpus target=build/demo/target model=build/demo/model
 own=build/demo/own.jsonl adapter=build/demo/adapter medusa=build/demo/medusa draft_model=build/demo/draft_model
+skips=build/demo/skips
 installed=kangaroo/assets/demo
 
 # The program of this checkout, whether or not it is installed.
@@ -83,6 +85,14 @@ if [[ ! -e $draft_model/report.json ]]; then
         --steps "${ADAPTER_STEPS:-1200}" ${resume[@]+"${resume[@]}"}
 fi
 
+step "skip list: $skips"
+if [[ ! -e $skips/skip_layers.json ]]; then
+    resume=()
+    if [[ -d $skips ]]; then resume=(--resume); fi
+    kangaroo search layers --model $model --data "${HUMANEVAL:-$own}" --limit 8 --sampler gp --output $skips \
+        ${resume[@]+"${resume[@]}"}
+fi
+
 step "bundled: $installed"
 mkdir -p $installed/{adapter,medusa,draft_model}
 # install sets the mode, since safetensors are written for their owner alone.
@@ -91,6 +101,7 @@ install -m 644 $adapter/{config.json,adapter.safetensors,report.json} $installed
 install -m 644 $medusa/{config.json,heads.safetensors,report.json} $installed/medusa
 install -m 644 $draft_model/{config,generation_config,tokenizer,tokenizer_config,report}.json \
     $draft_model/model.safetensors $installed/draft_model
+install -m 644 $skips/skip_layers.json $installed
 install -m 644 $corpus/corpus.json $installed
 install -m 644 $target/progress.json $installed/training.json
 
@@ -102,4 +113,4 @@ else
     echo "HUMANEVAL is not set: the loss on it is not measured"
 fi
 $python recipes/card.py --corpus $corpus --state $target --model $model --adapter $adapter \
-    --medusa $medusa --draft-model $draft_model ${problems[@]+"${problems[@]}"} --output $installed/README.md
+    --medusa $medusa --draft-model $draft_model --skips $skips ${problems[@]+"${problems[@]}"} --output $installed/README.md
