@@ -9,8 +9,8 @@
 #
 # MINUTES         how long to pre-train
 # ADAPTER_STEPS   how many steps to train the adapter, the Medusa heads, and the draft model
-# HUMANEVAL       HumanEval.jsonl.gz, an absolute path: its problems are kept out of the corpus and measure the model,
-#                 but for the first eight, on which the sublayers to skip are searched
+# HUMANEVAL       HumanEval.jsonl.gz, an absolute path: its problems are kept out of the corpus and measure the model;
+#                 the sublayers to skip are searched on the first eight
 set -euo pipefail
 
 cd "$(dirname "$0")/.."

@@ -8,7 +8,7 @@ from types import SimpleNamespace
 import pytest
 import torch
 
-from kangaroo.drafters.base import Sequence
+from kangaroo.drafters.base import Batch, Drafter, Sequence
 from kangaroo.drafters.stopping import FixedLength
 from kangaroo.drafters.tree import Branching
 from kangaroo.engine.engine import Engine
@@ -16,7 +16,7 @@ from kangaroo.engine.scheduler import Limits
 from kangaroo.kernels import cpu
 from kangaroo.model.cache import CachedPass, Segment
 from kangaroo.sampling import Prefix, distribution
-from kangaroo.types import Request, SamplingParams
+from kangaroo.types import Draft, Request, SamplingParams
 from tests.engine.cases import (
     FAMILIES,
     FOUR_SIBLINGS,
@@ -145,6 +145,25 @@ GUESSING = {
 }
 
 
+def count_drafted(monkeypatch: pytest.MonkeyPatch, drafters: list[Drafter]) -> dict[str, int]:
+    """How many tokens each of these drafters guesses from now on, by name."""
+    found = dict.fromkeys((one.name for one in drafters), 0)
+
+    def watch(one: Drafter) -> None:
+        original = one.draft
+
+        def draft(batch: Batch) -> Draft:
+            made = original(batch)
+            found[one.name] += sum(count - 1 for count in made.num_nodes)
+            return made
+
+        monkeypatch.setattr(one, "draft", draft)
+
+    for one in drafters:
+        watch(one)
+    return found
+
+
 @pytest.mark.parametrize(
     ("acceptance", "name"),
     [
@@ -161,7 +180,8 @@ def test_texts_are_drawn_from_the_distribution_of_the_target(
 ) -> None:
     cpu.select(BACKEND.kernels, num_threads=1)
     # Who drafts must not depend on how busy the machine is.
-    monkeypatch.setattr("kangaroo.drafters.auto.time", SimpleNamespace(perf_counter=lambda: 0.0))
+    clock = itertools.count(0, 1e-3)
+    monkeypatch.setattr("kangaroo.drafters.auto.time", SimpleNamespace(perf_counter=clock.__next__))
     family, prompt_ids = "llama", prompt(6, 2)
     expected = exact_probabilities(family, prompt_ids)
     assert sum(expected.values()) == pytest.approx(1)
@@ -170,7 +190,9 @@ def test_texts_are_drawn_from_the_distribution_of_the_target(
         # What to look up are texts that may come.
         texts = {Request((), SamplingParams(seed=seed)): [*prompt_ids, *text] for seed, text in enumerate(expected)}
         drafter = GUESSING[name](target, texts)
+        num_drafted = count_drafted(monkeypatch, getattr(drafter, "_sources", [drafter]))
     else:
+        num_drafted = {}
         drafter = PossibleDrafter(sorted(expected, key=expected.get), 2 if name == "possible-tree" else 1)
     requests = [
         Request(prompt_ids, SamplingParams(NUM_NEW_TOKENS, seed=seed, acceptance=acceptance, **FEW))
@@ -182,6 +204,7 @@ def test_texts_are_drawn_from_the_distribution_of_the_target(
         engine.run(one)
     lengths = {length for one in begun for length in one.accepted_lengths}
     assert {1, 2, 3} <= lengths
+    assert all(num_drafted.values()), num_drafted
     counts = Counter(tuple(one.new_tokens) for one in begun)
     assert counts.keys() <= expected.keys()
     found, bound = statistic(counts, expected)
