@@ -79,13 +79,20 @@ def draw(growths: SequenceOf[Growth], logits: Tensor, *, num_siblings: int) -> l
 
 
 def draw_behind(growth: Growth, node: int, *, logits: Tensor, chances: ndarray, num_siblings: int) -> Guesses:
-    """What may follow one node, by the draft's logits [V] behind it and their softmax [V]."""
+    """What may follow one node, by the draft's logits [V] behind it and their softmax [V].
+
+    What goes wrong becomes the sequence's error, and its tree ends with this level.
+    """
     params, prefix, drafted = growth.params, growth.sequence.prefix, growth.tree.drafted(node)
     num_children = num_siblings if growth.is_coupled else 1
-    tokens = choose_children(logits, params, prefix=prefix, drafted=drafted, num_children=num_children)
-    if not growth.is_coupled:
-        growth.proposals[node] = distribution(logits, params, prefix=prefix, drafted=drafted)
-    return Guesses(tokens, chances[tokens].tolist(), float(chances.max()))
+    try:
+        tokens = choose_children(logits, params, prefix=prefix, drafted=drafted, num_children=num_children)
+        if not growth.is_coupled:
+            growth.proposals[node] = distribution(logits, params, prefix=prefix, drafted=drafted)
+        return Guesses(tokens, chances[tokens].tolist(), float(chances.max()))
+    except Exception as error:  # whatever one request's settings bring about must not touch the others
+        growth.sequence.error, growth.max_depth = error, 0
+        return Guesses([], [], 0.0)
 
 
 def add_level(

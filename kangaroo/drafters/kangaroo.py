@@ -91,7 +91,9 @@ class _Growth(Growth):
     def lottery(self) -> Draw:
         """How the native kernels draw guesses."""
         params = self.params
-        return params.seed or 0, params.temperature, params.top_k, params.top_p, params.min_p
+        # No vocabulary is larger; a number the kernels cannot take would fail the whole batch.
+        top_k = min(params.top_k, 2**31)
+        return params.seed or 0, params.temperature, top_k, params.top_p, params.min_p
 
 
 class KangarooDrafter:

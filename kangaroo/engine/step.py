@@ -76,10 +76,12 @@ def verify_draft(batch: Batch, drafter: Drafter, *, draft: Draft) -> Outcome:
     all_tokens = draft.tokens.tolist() if isinstance(draft.tokens, Tensor) else draft.tokens
     paths, emitted, tapped, first_row = [], [], [], 0
     for row, sequence in enumerate(batch.sequences):
-        try:
-            path, picked = _verify(draft, row, tokens=all_tokens[row], choices=choices, sequence=sequence)
-        except Exception as error:  # as in prefill()
-            path, picked, sequence.error = [0], [], error
+        path, picked = [0], list[int]()
+        if sequence.error is None:  # drafting may have brought about one
+            try:
+                path, picked = _verify(draft, row, tokens=all_tokens[row], choices=choices, sequence=sequence)
+            except Exception as error:  # as in prefill()
+                sequence.error = error
         batch.cache.keep(sequence.slot, path)
         rows = _select(path, first_row)
         paths.append(tuple(path))
