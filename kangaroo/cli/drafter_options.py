@@ -30,7 +30,7 @@ def _option(text: str, panel: str, *, default: str | None = None, name: str | No
 
 _ANY, _KANGAROO, _NGRAMS = "Drafting", "Kangaroo drafter", "Prompt lookup and retrieval drafters"
 _MEDUSA, _MODEL, _SKIP = "Medusa drafter", "Draft model drafter", "Layer skip drafter (Draft & Verify)"
-_ADAPTING = "Adaptive threshold, in the place of --eta, of any drafter that has one"
+_ADAPTING = "Adaptive threshold, in the place of --eta, of any drafter but auto and plain"
 
 Drafter = Annotated[
     DrafterName | None,
@@ -52,7 +52,7 @@ Eta = Annotated[
     float | None,
     _option("Stop drafting behind a token of less confidence, in [0, 1]; 0 never stops early.", _ANY,
             default="Kangaroo: as tuned, else as the adapter recommends, else 0.6; draft model 0.4, Medusa 0.2, layer "
-            "skip adaptive"),
+            "skip adaptive, prompt lookup and retrieval 0"),
 ]  # fmt: skip
 Alpha = Annotated[
     float | None,

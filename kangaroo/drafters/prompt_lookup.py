@@ -16,8 +16,10 @@ from typing import TYPE_CHECKING
 from kangaroo.drafters.base import MAX_NODES, Batch, Sequence
 from kangaroo.drafters.ngrams import BREAK, NgramIndex
 from kangaroo.drafters.settings import PromptLookupSettings
+from kangaroo.drafters.stopping import choose_stopping
 from kangaroo.drafters.tree import merge
 from kangaroo.errors import SettingsError
+from kangaroo.model.cache import depths_of
 from kangaroo.types import Draft, Outcome
 
 if TYPE_CHECKING:
@@ -45,11 +47,14 @@ class PromptLookupDrafter:
         """references: the token ids of each reference document. Raises SettingsError for settings out of range."""
         _check(settings)
         self._settings = settings
+        self._stopping = choose_stopping(settings.num_tokens, settings.eta)
         # No match reaches from one document into the next.
         tokens = [token for reference in references for token in (*reference, BREAK)]
         self._references = NgramIndex(tokens, settings.max_ngram)
         self._references.update()
         self._indexes: dict[Sequence, NgramIndex] = {}
+        # How deep the last drafts were, until they have been verified.
+        self._depths: dict[Sequence, int] = {}
 
     def begin(self, sequences: SequenceOf[Sequence], *, num_slots: int) -> None:
         """Start an index of every text."""
@@ -57,23 +62,36 @@ class PromptLookupDrafter:
             self._indexes[sequence] = NgramIndex(sequence.tokens, self._settings.max_ngram)
 
     def draft(self, batch: Batch) -> Draft:
-        """Index what is new, then merge every sequence's continuations into a tree."""
-        trees, confidence = [], []
+        """Index what is new, then merge every sequence's continuations into a tree.
+
+        Every node has the confidence of the first match.
+        """
+        trees, confidences = [], []
         for sequence in batch.sequences:
             length, continuations = self._continue(sequence)
+            # Every token of a match halves the doubt, roughly.
+            confidence = 1 - 0.5**length
+            if confidence < self._stopping.threshold:
+                continuations = [continuation[:1] for continuation in continuations]
             tokens, parents = merge(sequence.tokens[-1], continuations)
             trees.append((tokens, parents))
-            # Every token of a match halves the doubt, roughly.
-            confidence.append([1.0] + [1 - 0.5**length] * (len(tokens) - 1))
-        return Draft([tokens for tokens, _ in trees], [parents for _, parents in trees], confidence=confidence)
+            confidences.append([1.0] + [confidence] * (len(tokens) - 1))
+            if continuations:
+                self._depths[sequence] = max(depths_of(parents))
+        return Draft([tokens for tokens, _ in trees], [parents for _, parents in trees], confidence=confidences)
 
     def accept(self, sequences: SequenceOf[Sequence], outcome: Outcome) -> None:
-        """Nothing to learn: the next draft reads the text itself."""
+        """Tell the stopping rule how much of the last drafts was accepted; the next ones read the texts themselves."""
+        for sequence, path in zip(sequences, outcome.paths, strict=True):
+            num_drafted = self._depths.pop(sequence, 0)
+            if num_drafted:
+                self._stopping.observe(num_drafted, len(path) - 1)
 
     def end(self, sequences: SequenceOf[Sequence]) -> None:
         """Forget these sequences."""
         for sequence in sequences:
             self._indexes.pop(sequence, None)
+            self._depths.pop(sequence, None)
 
     def _continue(self, sequence: Sequence) -> tuple[int, list[tuple[int, ...]]]:
         """Different continuations of the text, best first: those behind the longest n-gram that has any.
@@ -81,7 +99,7 @@ class PromptLookupDrafter:
         Also how long a match the first of them follows, up to MAX_MATCH tokens.
         """
         settings, params = self._settings, sequence.request.params
-        depth = min(settings.num_tokens, sequence.max_draft)
+        depth = min(self._stopping.max_length, sequence.max_draft)
         if depth <= 0:
             return 0, []
         index = self._indexes[sequence]

@@ -3,13 +3,17 @@
 from __future__ import annotations
 
 from collections.abc import Sequence as SequenceOf
+from dataclasses import replace
 from heapq import heappop, heappush
 from typing import TYPE_CHECKING
 
 from kangaroo.drafters.base import MAX_NODES, Batch, Sequence
 from kangaroo.drafters.datastore import Datastore
 from kangaroo.drafters.settings import RetrievalSettings
+from kangaroo.drafters.stopping import choose_stopping
+from kangaroo.drafters.tree import Branching
 from kangaroo.errors import SettingsError
+from kangaroo.model.cache import depths_of
 from kangaroo.types import Draft, Outcome
 
 if TYPE_CHECKING:
@@ -44,31 +48,45 @@ class RetrievalDrafter:
         if settings.max_ngram < settings.min_ngram:
             raise SettingsError(f"max_ngram must be at least min_ngram ({settings.min_ngram}), "
                                 f"got {settings.max_ngram}")  # fmt: skip
-        if not 2 <= settings.max_nodes <= MAX_NODES:
-            raise SettingsError(f"max_nodes must be in 2..{MAX_NODES}, got {settings.max_nodes}")
         self._datastore = datastore
         self._settings = settings
+        self._stopping = choose_stopping(settings.num_tokens, settings.eta)
+        self._branching = Branching(MAX_NODES, settings.max_nodes)
+        # How deep the last drafts were, until they have been verified.
+        self._depths: dict[Sequence, int] = {}
 
     def begin(self, sequences: SequenceOf[Sequence], *, num_slots: int) -> None:
         """Nothing to prepare."""
 
     def draft(self, batch: Batch) -> Draft:
-        """Look up every sequence's end; its root alone where the datastore has nothing that pays."""
+        """Look up every sequence's end; its root alone where the datastore has nothing that pays.
+
+        The confidence it tells is that of the match as a whole; drafts stop by that of each token, see merge().
+        """
         trees = [self._look_up(sequence, batch.prices.branch) for sequence in batch.sequences]
+        for sequence, (_, parents, _) in zip(batch.sequences, trees, strict=True):
+            if len(parents) > 1:
+                self._depths[sequence] = max(depths_of(parents))
         # As prompt lookup has it: every token of a match halves the doubt.
         confidence = [[1.0] + [1 - 0.5**length] * (len(tokens) - 1) for tokens, _, length in trees]
         return Draft([tokens for tokens, _, _ in trees], [parents for _, parents, _ in trees], confidence=confidence)
 
     def accept(self, sequences: SequenceOf[Sequence], outcome: Outcome) -> None:
-        """Nothing to learn."""
+        """Tell the stopping rule how much of the last drafts was accepted."""
+        for sequence, path in zip(sequences, outcome.paths, strict=True):
+            num_drafted = self._depths.pop(sequence, 0)
+            if num_drafted:
+                self._stopping.observe(num_drafted, len(path) - 1)
 
     def end(self, sequences: SequenceOf[Sequence]) -> None:
-        """Nothing to free."""
+        """Forget these sequences."""
+        for sequence in sequences:
+            self._depths.pop(sequence, None)
 
     def _look_up(self, sequence: Sequence, price: float) -> tuple[list[int], list[int], int]:
         """Tokens and parents of one sequence's draft, and how long a match it follows."""
         settings, params = self._settings, sequence.request.params
-        depth = min(settings.num_tokens, sequence.max_draft)
+        depth = min(self._stopping.max_length, sequence.max_draft)
         if depth == 0:
             return [sequence.tokens[-1]], [-1], 0
         length, places = self._datastore.find(
@@ -76,27 +94,27 @@ class RetrievalDrafter:
         )
         rows = self._datastore.continuations(length, places, num_tokens=depth, max_matches=settings.max_matches)
         # Block verification judges chains alone.
-        num_siblings = 1 if params.rule == "block" else settings.max_nodes
-        tokens, parents = merge(sequence.tokens[-1], rows, length=length, num_siblings=num_siblings,
-                                max_nodes=settings.max_nodes, price=price)  # fmt: skip
+        branching = replace(self._branching, num_siblings=1) if params.rule == "block" else self._branching
+        tokens, parents = merge(sequence.tokens[-1], rows, length=length, branching=branching,
+                                threshold=self._stopping.threshold, price=price)  # fmt: skip
         return tokens, parents, length
 
 
 def merge(
-    root: int, continuations: SequenceOf[SequenceOf[int]], *, length: int, num_siblings: int, max_nodes: int,
+    root: int, continuations: SequenceOf[SequenceOf[int]], *, length: int, branching: Branching, threshold: float,
     price: float
 ) -> tuple[list[int], list[int]]:  # fmt: skip
     """Tokens and parents of the tree of the likeliest beginnings of continuations, of a match of length tokens.
 
-    Nodes join, likeliest first, while they promise at least price and max_nodes leaves room; num_siblings: the most
-    children of one node. A child that c of its parent's n continuations agree on has the chance (c - d) / n times its
-    parent's, by absolute discounting (Ney, Essen and Kneser 1994); see DISCOUNT for d.
+    Nodes join, likeliest first, while they promise at least price and branching leaves room. A child that c of its
+    parent's n continuations agree on has the confidence (c - d) / n, by absolute discounting (Ney, Essen and Kneser
+    1994), see DISCOUNT for d, and the chance of that times its parent's. One below the threshold gets no children.
     """
     tokens, parents = list[int](), list[int]()
     # Negated chance, a number that sets equals in the order found, depth, parent, token and the continuations.
     waiting: list[tuple[float, int, int, int, int, SequenceOf[SequenceOf[int]]]]
     waiting, num_found = [(-1.0, 0, 0, -1, root, continuations)], 1
-    while waiting and len(tokens) < max_nodes:
+    while waiting and len(tokens) < branching.max_nodes:
         chance, _, depth, parent, token, rows = heappop(waiting)
         node = len(tokens)
         tokens.append(token)
@@ -106,10 +124,11 @@ def merge(
             if len(row) > depth:
                 groups.setdefault(row[depth], []).append(row)
         discount = DISCOUNT / (DISCOUNT + length + depth)
-        for child, group in sorted(groups.items(), key=lambda one: len(one[1]), reverse=True)[:num_siblings]:
+        for child, group in sorted(groups.items(), key=lambda one: len(one[1]), reverse=True)[: branching.num_siblings]:
             child_chance = chance * (len(group) - discount) / len(rows)
             if -child_chance < price:
                 break
-            heappush(waiting, (child_chance, num_found, depth + 1, node, child, group))
+            has_children = (len(group) - discount) / len(rows) >= threshold
+            heappush(waiting, (child_chance, num_found, depth + 1, node, child, group if has_children else ()))
             num_found += 1
     return tokens, parents

@@ -69,6 +69,8 @@ class PromptLookupSettings:
     num_tokens: the most tokens to draft.
     references: text files to look in besides the text itself (LLMA).
     num_siblings: different continuations to draft, 1 for the newest alone.
+    eta: the confidence below which a match gets a single token drafted, 0 for never, or how it adapts; a match of n
+    tokens, of 8 at most, has the confidence 1 - 0.5**n.
     """
 
     name: ClassVar[str] = "prompt_lookup"
@@ -77,6 +79,7 @@ class PromptLookupSettings:
     num_tokens: int = 10
     references: tuple[str, ...] = ()
     num_siblings: int = 1
+    eta: float | AdaptiveSettings = 0.0
 
 
 @dataclass(frozen=True)
@@ -106,7 +109,8 @@ class RetrievalSettings:
 
     datastore: a folder, None for "datastore" beside the model. min_ngram, max_ngram: how many of the last tokens are
     looked up, the longest run that is found counting. max_matches: how many places of it are read, num_tokens: how far
-    each. max_nodes: nodes of a draft, its root included.
+    each. max_nodes: nodes of a draft, its root included. eta: the confidence below which nothing is guessed behind a
+    token, 0 for never, or how it adapts; it is the share of the places that agree on the token, discounted.
     """
 
     name: ClassVar[str] = "retrieval"
@@ -116,6 +120,7 @@ class RetrievalSettings:
     num_tokens: int = 10
     max_matches: int = 64
     max_nodes: int = 32
+    eta: float | AdaptiveSettings = 0.0
 
 
 @dataclass(frozen=True)

@@ -13,11 +13,12 @@ from kangaroo.drafters.base import MAX_NODES, Batch
 from kangaroo.drafters.base import Sequence as DecodedSequence
 from kangaroo.drafters.prompt_lookup import PromptLookupDrafter, build
 from kangaroo.drafters.settings import PromptLookupSettings, find_settings
+from kangaroo.drafters.stopping import AdaptiveSettings
 from kangaroo.errors import SettingsError
 from kangaroo.model import packed
 from kangaroo.model.tokenizer import Tokenizer
 from kangaroo.model.transformer import Transformer
-from kangaroo.types import Draft, Request, SamplingParams
+from kangaroo.types import Draft, Outcome, Request, SamplingParams
 from tests.lossless import assert_lossless, decode, num_accepted, num_rejected
 from tests.tiny import tame_transformer, tiny_tokenizer
 
@@ -135,6 +136,43 @@ def test_confidence_tells_how_long_the_match_is_beyond_the_ngram(
     assert draft.confidence == [[1.0, 1 - doubt]]
 
 
+@pytest.mark.parametrize(("eta", "least"), [(0.0, 1), (0.5, 1), (0.51, 2), (0.75, 2), (0.99, 7), (0.997, 9), (1.0, 9)])
+@pytest.mark.parametrize("num_matching", [1, 2, 3, 7, 8, 12])
+def test_match_of_too_little_confidence_gets_one_token_drafted(num_matching: int, eta: float, least: int) -> None:
+    text = [200, *range(20), 30, 31, 32, 201, *range(20 - num_matching, 20)]
+    draft = draft_for(PromptLookupDrafter(PromptLookupSettings(num_tokens=3, eta=eta)), text)
+    # Longer matches are as sure as one of 8 tokens.
+    is_sure = min(num_matching, 8) >= least
+    assert chain(draft) == ([30, 31, 32] if is_sure else [30])
+    assert draft.confidence == [[1.0] + [1 - 0.5 ** min(num_matching, 8)] * (3 if is_sure else 1)]
+
+
+def test_match_of_too_little_confidence_gets_one_token_for_each_sibling_that_begins_otherwise() -> None:
+    drafter = PromptLookupDrafter(PromptLookupSettings(num_tokens=2, num_siblings=3, eta=0.6))
+    assert leaves(draft_for(drafter, [1, 2, 3, 9, 1, 2, 4, 8, 1, 5, 6, 7, 1])) == [(5,), (2,)]
+    assert leaves(draft_for(drafter, [7, 1, 2, 3, 7, 1, 2, 4, 7, 1, 5, 6, 7, 1])) == [(5, 6), (2, 4), (2, 3)]
+
+
+def test_threshold_rises_where_drafts_fail_and_falls_where_they_are_accepted() -> None:
+    # A threshold of 0 or 1, by the last draft alone.
+    eta = AdaptiveSettings(alpha=0.5, beta1=0.0, beta2=0.0, epsilon=1.0, initial_threshold=0.0)
+    drafter = PromptLookupDrafter(PromptLookupSettings(num_tokens=3, eta=eta))
+    params = SamplingParams()
+    sequence = DecodedSequence(Request((4, 5, 6, 4), params), slot=0, max_draft=20)
+    other = DecodedSequence(Request((5, 6, 5), params), slot=1)
+    drafter.begin([sequence, other], num_slots=0)
+    batch = Batch(None, None, [sequence, other])  # type: ignore[arg-type]
+    for depth, num_right in ((3, 1), (1, 1), (3, 2), (3, 0), (1, 0), (1, 1)):
+        # What drafts nothing teaches nothing, and no more does a prompt that is read.
+        assert drafter.draft(batch).parents == [[*range(-1, depth)], [-1]]
+        path = tuple(range(num_right + 1))
+        drafter.accept(batch.sequences, Outcome((path, (0,)), ((4,) * len(path), (4,)), ({}, {})))
+        drafter.accept([sequence], Outcome(((0, 1, 2),), ((),), ({},)))
+    drafter.draft(batch)
+    drafter.end(batch.sequences)
+    assert drafter._depths == {}
+
+
 def test_no_match_reaches_from_one_reference_into_the_next() -> None:
     drafter = PromptLookupDrafter(PromptLookupSettings(min_ngram=2, num_tokens=4), [[1, 2], [3, 4, 5]])
     assert chain(draft_for(drafter, [2, 3])) == []
@@ -240,6 +278,7 @@ def test_reference_with_tokens_beyond_the_models_vocabulary_is_refused(tmp_path:
         (PromptLookupSettings(num_tokens=0), r"num_tokens must be in 1\.\.63, got 0"),
         (PromptLookupSettings(num_tokens=MAX_NODES), r"num_tokens must be in 1\.\.63, got 64"),
         (PromptLookupSettings(num_siblings=0), "num_siblings must be at least 1, got 0"),
+        (PromptLookupSettings(eta=1.1), r"eta must be in \[0, 1\], got 1\.1"),
     ],
 )
 def test_settings_out_of_range_are_refused(settings: PromptLookupSettings, message: str) -> None:

@@ -143,6 +143,8 @@ def auto(free: SequenceOf[Factory], models: SequenceOf[Factory]) -> Factory:
 
 FOUR_SIBLINGS = PromptLookupSettings(max_ngram=2, num_tokens=20, num_siblings=4)
 ADAPTIVE = AdaptiveSettings(epsilon=0.0001, initial_threshold=0.01)
+# Goes to and fro between the confidences of short matches.
+LIVELY = AdaptiveSettings(alpha=0.5, epsilon=0.5, initial_threshold=0.6)
 CASES = [
     Case("plain", lambda target, texts: PlainDrafter(), frozenset()),
     Case("always_right", follow(scripts.always_right), frozenset({ALL})),
@@ -168,8 +170,10 @@ CASES = [
     # Random texts seldom repeat themselves.
     Case("lookup", lookup_in_references(PromptLookupSettings())),
     Case("lookup-tree", lookup_in_references(FOUR_SIBLINGS)),
+    Case("lookup-adaptive", lookup_in_references(PromptLookupSettings(eta=LIVELY))),
     Case("draft_model-itself", draft_model(FixedLength(4), is_target=True), frozenset({ALL})),
     Case("draft_model-eta0.1", draft_model(ConfidenceThreshold(6, 0.1))),
+    Case("draft_model-adaptive", draft_model(AdaptiveThreshold(6, ADAPTIVE))),
     Case("draft_model-tree", draft_model(ConfidenceThreshold(6, 0.1), Branching(3, 16))),
     Case("layer_skip", layer_skip(FixedLength(4))),
     Case("layer_skip-eta0.1", layer_skip(ConfidenceThreshold(6, 0.1))),
@@ -178,9 +182,15 @@ CASES = [
     Case("medusa", medusa(FixedLength(3))),
     Case("medusa-tree", medusa(FixedLength(3), Branching(3, 12))),
     Case("medusa-eta0.1", medusa(ConfidenceThreshold(3, 0.1), Branching(3, 12))),
+    Case("medusa-adaptive", medusa(AdaptiveThreshold(3, ADAPTIVE), Branching(3, 12))),
     Case("retrieval", retrieval(RetrievalSettings(min_ngram=1))),
+    Case("retrieval-eta0.15", retrieval(RetrievalSettings(min_ngram=1, eta=0.15))),
     Case("gate", gated(kangaroo(FixedLength(4)), 0.1), always_drafts=False),
     Case("gate-tree", gated(kangaroo(FixedLength(4), Branching(3, 16)), 0.1), always_drafts=False),
+    Case("gate-lookup", gated(lookup_in_references(PromptLookupSettings()), 0.1), always_drafts=False),
+    Case("gate-medusa", gated(medusa(FixedLength(3), Branching(3, 12)), 0.1), always_drafts=False),
+    Case("gate-auto", gated(auto([lookup_in_references(FOUR_SIBLINGS)], [kangaroo(FixedLength(4), Branching(3, 16))]),
+                            0.1), always_drafts=False),
     Case("auto-kangaroo", auto([lookup_in_references(FOUR_SIBLINGS)], [kangaroo(FixedLength(4), Branching(3, 16))])),
     Case("auto-draft_model", auto([lookup(PromptLookupSettings())], [draft_model(FixedLength(4))])),
     Case("auto-layer_skip", auto([lookup(PromptLookupSettings())], [layer_skip(FixedLength(4), Branching(3, 16))])),
