@@ -14,9 +14,10 @@ import statistics
 import time
 from collections.abc import Sequence
 from dataclasses import dataclass, field
+from itertools import pairwise
 from pathlib import Path
 
-from kangaroo.bench.contenders import TransformersContender
+from kangaroo.bench.contenders import TokenClock, TransformersContender
 from kangaroo.bench.prompts import read_prompts
 from kangaroo.bench.record import markdown_table, stamp, stamp_text, write_result
 from kangaroo.engine.decoding import Decoding
@@ -123,9 +124,13 @@ def percentile(values: Sequence[float], share: float) -> float | None:
 
 
 def run_peer(peer: TransformersContender, prompts: Prompts, *, max_new_tokens: int) -> BatchRun:
-    started_s = time.perf_counter()
-    texts = peer.generate_batch(prompts, max_new_tokens=max_new_tokens)
-    return BatchRun(time.perf_counter() - started_s, texts)
+    """One padded batch; no text ends before the others, so that every step brings each of them a token."""
+    clock, started_s = TokenClock(), time.perf_counter()
+    texts = peer.generate_batch(prompts, max_new_tokens=max_new_tokens, clock=clock)
+    wall_time_s = time.perf_counter() - started_s
+    # Behind the prompts and the first tokens, which wait for them.
+    gaps_s = tuple(after - before for before, after in pairwise(clock.times_s[1:]))
+    return BatchRun(wall_time_s, texts, gaps_s, gaps_s)
 
 
 def measure(model: LoadedModel, peer: TransformersContender, *, prompts: Prompts, batch_size: int, num_rounds: int,
@@ -210,7 +215,8 @@ def main() -> None:
         "decoding; ratios are means over rounds, with a bootstrap interval. The engines take turns every few "
         "milliseconds; a warm-up round, in which the pace learns, is left out. Latency is the time between two "
         "emissions of a text, shared by the tokens of the second, and the prompts that are read meanwhile are in it; "
-        f"beside it, the time not shared. transformers has {NUM_PEER_ROUNDS - 1} rounds of one batch each.",
+        f"beside it, the time not shared. transformers has {NUM_PEER_ROUNDS - 1} rounds of one batch each, so that "
+        "it reads no prompts between its tokens.",
         markdown_table(header, [describe(row) for row in rows]),
         "`kangaroo` adapts the depth of its drafts to what steps of the batch size cost (engine/pace.py); transformers "
         "pads prompts on the left and does not promise plain's texts.",

@@ -9,9 +9,11 @@ Spec-Bench. Mixed: all prompts again, of the three kinds in turn.
 """
 
 import argparse
+import json
 import statistics
 from collections.abc import Sequence as SequenceOf
 from pathlib import Path
+from typing import Any
 
 from kangaroo.bench.comparison import compare, interleave
 from kangaroo.bench.contenders import KangarooContender
@@ -27,6 +29,10 @@ from kangaroo.types import Completion, Draft, Outcome
 
 COPYING = ("summarization", "rag")
 DEPTHS = (1, 2, 3, 4, 6)
+# What was trained, by its folder beside the model, and the additional parameters that the abstract of arXiv 2404.18911
+# names for Kangaroo and for Medusa-1.
+TRAINED = {"kangaroo": "adapter", "medusa": "medusa"}
+PAPER_PARAMETERS = {"kangaroo": 67e6, "medusa": 591e6}
 # The longest prompts are cut: the bundled model's context is 4,096 tokens.
 MAX_PROMPT_TOKENS = 1024
 
@@ -157,6 +163,38 @@ def table(rows: list[dict[str, object]]) -> str:
     return markdown_table(header, cells)
 
 
+def compare_trained(model: LoadedModel, rows: list[dict[str, object]]) -> list[dict[str, Any]]:
+    """What Kangaroo's adapter and Medusa's heads took to train, and what they brought by these rows."""
+    by_name = {row["contender"]: row for row in rows}
+    compared = []
+    for name, folder in TRAINED.items():
+        report = json.loads((model.folder / folder / "report.json").read_text(encoding="utf-8"))
+        facts = {key: report[key] for key in ("num_parameters", "num_tokens_seen", "wall_time_s", "num_threads")}
+        brought = {key: by_name[name][key] for key in ("tokens_per_step", "overall_speedup")}
+        compared.append({"drafter": name} | facts | brought)
+    return compared
+
+
+def compared_text(compared: list[dict[str, Any]]) -> str:
+    """The section on Kangaroo and Medusa, the paper's figures beside ours."""
+    sizes = {one["drafter"]: one["num_parameters"] for one in compared}
+    cells = []
+    for one in compared:
+        name = one["drafter"]
+        cells.append([name, f"{sizes[name]:,}", f"{PAPER_PARAMETERS[name] / 1e6:.0f}M", f"{one['num_tokens_seen']:,}",
+                      f"{one['wall_time_s'] / 60:.0f}", one["num_threads"], f"{one['tokens_per_step']:.2f}",
+                      f"{one['overall_speedup']:.2f}x"])  # fmt: skip
+    return "\n\n".join([
+        "## Kangaroo against Medusa",
+        "What was trained for the bundled model, by its training reports, and what it brought on the mixed prompts. "
+        f"Kangaroo's extra parameters against Medusa's: {sizes['kangaroo'] / sizes['medusa'] - 1:+.1%} here, "
+        f"{PAPER_PARAMETERS['kangaroo'] / PAPER_PARAMETERS['medusa'] - 1:+.1%} in the paper's abstract "
+        "(arXiv 2404.18911).",
+        markdown_table(["drafter", "extra parameters", "the paper's", "training tokens", "training minutes",
+                        "training threads", "tokens a step", "overall"], cells),
+    ])  # fmt: skip
+
+
 def plot(tables: dict[str, list[dict[str, object]]], path: Path) -> None:
     """Measured and ideal speedup of every drafter on every kind of prompt."""
     import matplotlib
@@ -197,6 +235,7 @@ def main() -> None:
     encoded = {kind: encode(model, prompts, args.num_prompts) for kind, prompts in kinds.items()}
     encoded["mixed"] = [prompt for several in zip(*encoded.values(), strict=True) for prompt in several]
     tables = {kind: measure(model, prompts, args) for kind, prompts in encoded.items()}
+    compared = compare_trained(model, tables["mixed"])
     facts = stamp()
     text = "\n\n".join([
         "# Drafters", stamp_text(facts),
@@ -206,9 +245,10 @@ def main() -> None:
         "a plain step does. Speedups are of decoding without the prompt: the median of the texts, and overall, by the "
         "sums of tokens and times. Mixed are all prompts again, of the three kinds in turn.",
         *(f"## {kind.capitalize()}\n\n{table(rows)}" for kind, rows in tables.items()),
+        compared_text(compared),
         f"![Speedups]({args.output.name}.png)",
     ])  # fmt: skip
-    write_result(args.output, {"stamp": facts, "tables": tables}, text=text)
+    write_result(args.output, {"stamp": facts, "tables": tables, "kangaroo_against_medusa": compared}, text=text)
     plot(tables, args.output.with_suffix(".png"))
     print(text)
 

@@ -15,7 +15,7 @@ from kangaroo.bench.contenders import KangarooContender
 from kangaroo.bench.prompts import read_prompts
 from kangaroo.bench.record import markdown_table, stamp, stamp_text, write_result
 from kangaroo.drafters.base import MAX_NODES, Prices, Sequence
-from kangaroo.drafters.settings import KangarooSettings
+from kangaroo.drafters.settings import KangarooSettings, MedusaSettings
 from kangaroo.engine.pace import Pace
 from kangaroo.llm import LLM, build_drafter
 from kangaroo.model.checkpoint import LoadedModel, load_model
@@ -23,6 +23,7 @@ from kangaroo.types import Draft, Outcome, SamplingParams
 
 NUM_SIBLINGS = (1, 2, 3, 6)
 ETAS = (0.3, 0.1)
+MEDUSA_SIBLINGS = (1, 3)
 
 
 class Priced(Pace):
@@ -51,6 +52,11 @@ def measure_price(model: LoadedModel, prompts: list[tuple[int, ...]]) -> float:
     return statistics.median(prices)
 
 
+def name_of(settings: KangarooSettings | MedusaSettings) -> str:
+    """Drafter, siblings and eta, separated by spaces."""
+    return f"{settings.name} {settings.num_siblings} {settings.eta}"
+
+
 def main() -> None:
     parser = argparse.ArgumentParser(description=(__doc__ or "").splitlines()[0])
     parser.add_argument("--prompts", type=Path, required=True)
@@ -63,32 +69,34 @@ def main() -> None:
     every = read_prompts(args.prompts)
     prompts = [tuple(model.tokenizer.encode(one.text)) for one in every[:: max(1, len(every) // args.num_prompts)]]
     price = measure_price(model, prompts[:12])
+    drafters: list[KangarooSettings | MedusaSettings] = [
+        *(KangarooSettings(eta=eta, num_siblings=num_siblings) for eta in ETAS for num_siblings in NUM_SIBLINGS),
+        *(MedusaSettings(num_siblings=num_siblings) for num_siblings in MEDUSA_SIBLINGS),
+    ]
     contenders = [KangarooContender("plain", LLM(model, build_drafter(model, "plain")))]
-    for eta in ETAS:
-        for num_siblings in NUM_SIBLINGS:
-            settings = KangarooSettings(eta=eta, num_siblings=num_siblings)
-            llm = LLM(model, build_drafter(model, settings), pace=Priced(price))
-            contenders.append(KangarooContender(f"{num_siblings} {eta}", llm))
+    for settings in drafters:
+        llm = LLM(model, build_drafter(model, settings), pace=Priced(price))
+        contenders.append(KangarooContender(name_of(settings), llm))
     runs = interleave(contenders, prompts, num_rounds=args.num_rounds, max_new_tokens=128)
     rows = compare(runs, "plain")
-    chain = {row["contender"]: row for row in rows}["1 0.3"]
+    chain = {row["contender"]: row for row in rows}["kangaroo 1 0.3"]
     cells: list[list[object]] = []
     for row in rows[1:]:
-        num_siblings, eta = str(row["contender"]).split()
+        drafter, num_siblings, eta = str(row["contender"]).split()
         completions = [run.completion for run in runs[str(row["contender"])] if run.completion]
         drafted = sum(one.num_drafted for one in completions) / sum(one.num_steps for one in completions)
-        row |= {"num_siblings": int(num_siblings), "eta": float(eta), "nodes_per_step": drafted}
-        cells.append([num_siblings, eta, f"{drafted:.1f}", f"{row['tokens_per_step']:.2f}",
+        row |= {"drafter": drafter, "num_siblings": int(num_siblings), "eta": float(eta), "nodes_per_step": drafted}
+        cells.append([drafter, num_siblings, eta, f"{drafted:.1f}", f"{row['tokens_per_step']:.2f}",
                       f"{row['tokens_per_step'] / chain['tokens_per_step'] - 1:+.0%}",  # type: ignore[operator]
                       f"{row['ratio']:.2f}", f"{row['num_equal']}/{row['num_texts']}"])  # fmt: skip
     facts = stamp()
     text = "\n\n".join([
         "# Trees against chains", stamp_text(facts),
-        f"The bundled model and adapter, greedy, {args.dtype}, {len(prompts)} prompts, 128 tokens, drafting in every "
-        f"step. A node joins a tree where its chance of being accepted exceeds {price:.3f}, what one more row was "
-        "measured to cost in plain steps (engine/pace.py).",
-        markdown_table(["siblings", "eta", "nodes drafted a step", "tokens a step", "to the chain at eta 0.3",
-                        "speedup over plain", "texts equal plain's"], cells),
+        f"The bundled model, its adapter and Medusa heads, greedy, {args.dtype}, {len(prompts)} prompts, 128 "
+        "tokens, drafting in every step. A node joins a tree where its chance of being accepted exceeds "
+        f"{price:.3f}, what one more row was measured to cost in plain steps (engine/pace.py).",
+        markdown_table(["drafter", "siblings", "eta", "nodes drafted a step", "tokens a step",
+                        "to Kangaroo's chain at eta 0.3", "speedup over plain", "texts equal plain's"], cells),
     ])  # fmt: skip
     write_result(args.output, {"stamp": facts, "rows": rows}, text=text)
     print(text)

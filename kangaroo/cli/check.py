@@ -62,6 +62,7 @@ def check(
 
     from kangaroo.bench.check import Checker, total
     from kangaroo.bench.prompts import BUILT_IN, read_prompts
+    from kangaroo.bench.record import stamp
     from kangaroo.drafters.settings import KangarooSettings
     from kangaroo.kernels import describe_backend
     from kangaroo.llm import build_drafter
@@ -74,7 +75,8 @@ def check(
     backend = describe_backend(loaded.target.device.type)
     checks = Checker(loaded, drafter).check_all(wanted, params)
     console = Console(quiet=json_output, highlight=False, markup=False, soft_wrap=True)
-    console.print(f"{model} in {weights or dtype}, {backend} kernels: {drafter.name} against plain decoding")
+    storage = weights or dtype or "float32"
+    console.print(f"{model} in {storage}, {backend} kernels: {drafter.name} against plain decoding")
     results = list(_follow(checks, num_prompts=len(wanted)))
     for one in results:
         for line in _describe(one, loaded.tokenizer):
@@ -86,8 +88,8 @@ def check(
                     "max_new_tokens": max_new_tokens, "temperature": temperature, "seed": seed, "dtype": dtype,
                     "weights": weights, "device": device}  # fmt: skip
         listed = [one.to_dict() for one in results]
-        print(json.dumps({"settings": settings, "backend": backend, "identical": identical, "totals": totals,
-                          "prompts": listed}), flush=True)  # fmt: skip
+        print(json.dumps({"settings": settings, "stamp": stamp(loaded.target.device.type), "backend": backend,
+                          "identical": identical, "totals": totals, "prompts": listed}), flush=True)  # fmt: skip
     _print_totals(console, totals)
     console.print(_verdict(totals, identical=identical, exact=not backend.startswith("reference")))
     if not identical:

@@ -77,9 +77,11 @@ def layers(
     from kangaroo.model.checkpoint import load_model
     from kangaroo.search.layers import digest, finished_trials, pick_best, run_search
     from kangaroo.search.objectives import validate as validate_candidates
-    from kangaroo.search.report import make_report, write_results
+    from kangaroo.search.report import import_figure, make_report, write_results
     from kangaroo.search.study import open_study, prepare_objective, prepare_texts
 
+    # Said now and not behind all the trials.
+    import_figure()
     prompts = read_prompts(data, limit=limit)
     with Console(stderr=True).status("loading the model"):
         loaded = load_model(model, dtype=dtype, weights=weights, device=device)
@@ -105,7 +107,8 @@ def layers(
     with Console(stderr=True).status("running the best"):
         best = [(one.skips, one.score) for one in pick_best(done, validate)]
         found = validate_candidates(loaded.target, best, texts=texts)
-    report = make_report(plan, done, validated=found, costs=study.user_attrs.get("costs"))
+    costs, device_type = study.user_attrs.get("costs"), loaded.target.device.type
+    report = make_report(plan, done, validated=found, costs=costs, device=device_type)
     write_results(output, report, trials=done, skips=found[0].skips)
     if json_output:
         print(json.dumps(report))

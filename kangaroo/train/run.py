@@ -17,6 +17,7 @@ from typing import Any, ClassVar, Generic, TypeVar
 import torch
 from torch import Tensor
 
+from kangaroo.bench.record import stamp
 from kangaroo.drafters.companion import fingerprint
 from kangaroo.errors import DataError, OutputError, SettingsError
 from kangaroo.model.transformer import Transformer
@@ -64,6 +65,8 @@ class TrainingRun(ABC, Generic[Plan]):
         self.history: list[dict[str, float]] = []
         # What a resumed run must share with this one; hashing the data takes time, so once.
         self.facts = {"target_fingerprint": fingerprint(target), "data": dataset.digest()}
+        # As it begins: the code may change under a long run.
+        self.stamp = stamp(target.device.type) | {"kernel_backend": target.backend}
 
     @abstractmethod
     def make_optimizer(self) -> torch.optim.Optimizer:
@@ -170,6 +173,7 @@ class TrainingRun(ABC, Generic[Plan]):
     def _report(self, metrics: dict[str, float], *, trained: dict[str, Any]) -> dict[str, Any]:
         return {
             "plan": asdict(self.plan),
+            "stamp": self.stamp,
             self.noun: trained,
             "num_parameters": sum(tensor.numel() for tensor in self.tensors.values()),
             "num_documents": self.dataset.num_documents,

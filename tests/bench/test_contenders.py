@@ -13,6 +13,7 @@ from kangaroo.bench.contenders import (
     GenerationSettings,
     KangarooContender,
     LlamaCppContender,
+    TokenClock,
     TransformersContender,
     VllmContender,
 )
@@ -117,7 +118,10 @@ def test_transformers_speculates_in_fewer_passes_and_writes_the_same_text(tmp_pa
 def test_transformers_takes_padded_prompts_together(folder: Path) -> None:
     theirs = TransformersContender(folder, eos_ids=NO_EOS)
     prompts = [(5, 6, 7), (8,)]
-    together = theirs.generate_batch(prompts, max_new_tokens=8)
+    clock = TokenClock()
+    together = theirs.generate_batch(prompts, max_new_tokens=8, clock=clock)
+    assert len(clock.times_s) == 1 + 8
+    assert clock.times_s == sorted(clock.times_s)
     assert together == [theirs.generate(prompt, max_new_tokens=8).token_ids for prompt in prompts]
 
 

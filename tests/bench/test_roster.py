@@ -7,7 +7,14 @@ import pytest
 import torch
 
 from kangaroo.bench.contenders import MAX_CONTEXT, TransformersContender
-from kangaroo.bench.contenders.roster import NAMES, Parts, build_contenders, choose_names, max_text_tokens
+from kangaroo.bench.contenders.roster import (
+    NAMES,
+    Parts,
+    build_contenders,
+    choose_names,
+    find_vllm_python,
+    max_text_tokens,
+)
 from kangaroo.errors import CheckpointError, SettingsError
 from kangaroo.llm import COMPANIONS
 from kangaroo.model.checkpoint import load_model
@@ -79,6 +86,18 @@ def test_contenders_that_reserve_their_cache_bound_the_context() -> None:
     assert max_text_tokens(["plain", "transformers"], 131072) == 131072
     assert max_text_tokens(["plain", "llama.cpp"], 131072) == MAX_CONTEXT
     assert max_text_tokens(["plain", "vllm"], 256) == 256
+
+
+def test_vllm_is_found_beside_this_interpreter_where_it_is_wanted(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setitem(sys.modules, "vllm", None)
+    assert find_vllm_python([]) is None
+    monkeypatch.delitem(sys.modules, "vllm")
+    (tmp_path / "vllm.py").touch()
+    monkeypatch.syspath_prepend(tmp_path)
+    assert find_vllm_python([]) == find_vllm_python(["plain", "vllm"]) == Path(sys.executable)
+    assert find_vllm_python(["plain", "transformers"]) is None
 
 
 def test_what_is_not_installed_is_left_out_with_the_reason(folder: Path, monkeypatch: pytest.MonkeyPatch) -> None:

@@ -22,11 +22,18 @@ def _native(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setenv("KANGAROO_KERNELS", cpu.instruction_sets()[-1])
 
 
-@pytest.mark.parametrize("flags", [[], ["--weights", "int8"], ["--dtype", "bfloat16", "--temperature", 0.8]])
-def test_identical_runs_succeed(run: Run, model_folder: Path, flags: list[object]) -> None:
+@pytest.mark.parametrize(
+    ("flags", "storage"),
+    [
+        ([], "float32"),
+        (["--weights", "int8"], "int8"),
+        (["--dtype", "bfloat16", "--temperature", 0.8], "bfloat16"),
+    ],
+)
+def test_identical_runs_succeed(run: Run, model_folder: Path, flags: list[object], storage: str) -> None:
     ran = run("check", "--model", model_folder, *SHORT, "--gamma", 3, "--eta", 0, *flags)
     assert (ran.status, ran.err) == (0, "")
-    assert "native (" in ran.out
+    assert f" in {storage}, native (" in ran.out
     assert "3 of 3 prompts" in ran.out
     assert f"{POSITIONS} of {POSITIONS} positions" in ran.out
     assert ran.out.endswith("identical: yes, every token and every logit.\n")
@@ -37,11 +44,13 @@ def test_json_is_one_object(run: Run, model_folder: Path) -> None:
     ran = run("check", "--model", model_folder, *SHORT, "--gamma", 2, "--eta", 0, "--json")
     assert (ran.status, ran.err, ran.out.count("\n")) == (0, "", 1)
     result = json.loads(ran.out)
-    assert list(result) == ["settings", "backend", "identical", "totals", "prompts"]
+    assert list(result) == ["settings", "stamp", "backend", "identical", "totals", "prompts"]
     assert result["settings"]["gamma"] == 2
     assert result["settings"]["model"] == str(model_folder)
     assert result["settings"]["prompts"] is None
     assert result["backend"].startswith("native (")
+    assert result["stamp"]["kernel_backend"] == result["backend"]
+    assert "commit" in result["stamp"]
     assert result["identical"] is True
     assert result["totals"]["num_positions_identical"] == POSITIONS
     assert [one["name"] for one in result["prompts"]] == ["1", "2", "3"]

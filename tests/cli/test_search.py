@@ -1,9 +1,14 @@
 """`kangaroo search layers`: what it writes, how it goes on, and how it refuses."""
 
 import json
+import sys
 from pathlib import Path
 
 import pytest
+
+from kangaroo.errors import SettingsError
+from kangaroo.model.skips import SkippedSublayers
+from kangaroo.search.report import write_results
 
 from .conftest import Run, build_model
 
@@ -42,6 +47,7 @@ def test_a_search_writes_a_skip_list_that_decodes_and_a_report(
     assert skips == {"tiny": report["validated"][0]["skips"]}
     assert report["num_trials"] == len(report["values"]) == 4
     assert report["plan"]["objective"] == objective
+    assert {"command", "commit", "cpu", "torch", "kernel_backend"} <= report["stamp"].keys()
     assert (report["costs"] is None) == (objective == "tokens_per_second")
     assert (output / "search.png").read_bytes().startswith(b"\x89PNG")
     (model / "skip_layers.json").write_text((output / "skip_layers.json").read_text())
@@ -84,6 +90,28 @@ def test_bad_input_is_one_line_and_leaves_no_folder(
     assert err.count("\n") == 1
     assert match in err
     assert not (tmp_path / "out").exists()
+
+
+def test_without_matplotlib_nothing_is_searched(
+    run: Run, bare_folder: Path, tmp_path: Path, prompts: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setitem(sys.modules, "matplotlib.figure", None)
+    status, out, err = search(run, bare_folder, prompts, tmp_path / "out")
+    assert (status, out) == (1, "")
+    assert err == (
+        "error: the plot needs matplotlib, which is not installed; pip install 'kangaroo-decoding[search]'\n"
+    )
+    assert not (tmp_path / "out").exists()
+
+
+def test_what_cannot_be_plotted_is_written_first(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setitem(sys.modules, "matplotlib.figure", None)
+    skips = SkippedSublayers(frozenset({1}))
+    report = {"plan": {"model": "folder/tiny"}, "num_trials": 0}
+    with pytest.raises(SettingsError, match="the plot needs matplotlib"):
+        write_results(tmp_path, report, trials=[], skips=skips)
+    assert json.loads((tmp_path / "skip_layers.json").read_text()) == {"tiny": skips.to_dict()}
+    assert json.loads((tmp_path / "report.json").read_text()) == report
 
 
 def test_a_finished_search_is_not_written_over(run: Run, bare_folder: Path, tmp_path: Path, prompts: Path) -> None:

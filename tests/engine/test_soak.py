@@ -1,6 +1,7 @@
 """Many requests of random shape, some given up midway: everything held for them is given back, and no text suffers."""
 
 import gc
+import os
 import random
 import resource
 import tracemalloc
@@ -11,31 +12,37 @@ from typing import NamedTuple
 
 import pytest
 
+from kangaroo.drafters.auto import AutoDrafter
 from kangaroo.drafters.base import MAX_NODES, Sequence
 from kangaroo.drafters.kangaroo import KangarooDrafter
+from kangaroo.drafters.settings import PromptLookupSettings
 from kangaroo.drafters.stopping import ConfidenceThreshold, FixedLength
 from kangaroo.drafters.tree import Branching
 from kangaroo.engine.decoding import Decoding
 from kangaroo.engine.engine import SLOT_BLOCK, Engine
+from kangaroo.engine.pace import Pace
 from kangaroo.engine.scheduler import Limits
 from kangaroo.errors import QueueFullError
 from kangaroo.kernels import cpu
 from kangaroo.types import Request, SamplingParams
-from tests.engine.cases import ON_NATIVE, Factory, kangaroo, target_on
+from tests.engine.cases import ON_NATIVE, Factory, auto, kangaroo, lookup, target_on
 from tests.engine.scenarios import decode_alone, prompt, read_run
 from tests.native import kernels_restored  # noqa: F401
 
-# Raise it to soak for longer.
-SOAK_REQUESTS = 200
-# Some of these end before they are given up; about 30% of all requests do not.
+# Set it to soak for longer.
+SOAK_REQUESTS = int(os.environ.get("KANGAROO_SOAK", "200"))
+# Some of these end before they are given up; about 30 to 40% of all requests do not.
 SHARE_GIVEN_UP = 0.4
 # Of how many requests one text is compared with plain decoding.
 COMPARE_EVERY = 3
 BACKEND, FAMILY = ON_NATIVE[0], "mistral"
 LIMITS = Limits(max_batch_size=8, max_waiting=12)
-DRAFTERS = {
-    "chain": kangaroo(FixedLength(4)),
-    "tree": kangaroo(ConfidenceThreshold(5, 0.05), Branching(3, 24)),
+TREE = kangaroo(ConfidenceThreshold(5, 0.05), Branching(3, 24))
+DRAFTERS: dict[str, tuple[Factory, Pace | None]] = {
+    "chain": (kangaroo(FixedLength(4)), None),
+    "tree": (TREE, None),
+    # As LLM.from_pretrained() has it.
+    "auto": (auto([lookup(PromptLookupSettings())], [TREE]), Pace()),
 }
 
 
@@ -117,17 +124,28 @@ class Soak:
             assert cache.lengths[sequence.slot] <= len(sequence.tokens) <= 120
         assert len(cache.lengths) <= LIMITS.max_batch_size
         assert cache.num_slots <= SLOT_BLOCK >= 120 + MAX_NODES
-        drafter = self.engine.drafter
-        assert isinstance(drafter, KangarooDrafter)
-        assert drafter._memory.keys() == set(running)
-        assert drafter._cache.num_slots <= cache.num_slots
+        for drafter in self.drafters():
+            assert drafter._memory.keys() == set(running)
+            if isinstance(drafter, KangarooDrafter):
+                assert drafter._cache.num_slots <= cache.num_slots
 
     def check_empty(self) -> None:
         assert self.engine.scheduler.num_free_slots == LIMITS.max_batch_size
         assert self.engine.scheduler.num_waiting == 0
         assert not self.engine.scheduler.running
-        assert not self.engine.drafter._memory
+        assert not any(drafter._memory for drafter in self.drafters())
         assert not self.to_give_up
+        if self.engine.pace is not None:
+            # The texts of the last drafts, which it keeps until there are others.
+            assert len(self.engine.pace._drafted) <= LIMITS.max_batch_size
+            self.engine.pace._drafted.clear()
+
+    def drafters(self) -> Iterator[AutoDrafter | KangarooDrafter]:
+        """Those of the engine that hold something for each text."""
+        drafter = self.engine.drafter
+        for one in (drafter, *(drafter._models if isinstance(drafter, AutoDrafter) else ())):
+            assert isinstance(one, AutoDrafter | KangarooDrafter)
+            yield one
 
 
 @pytest.fixture(autouse=True)
@@ -160,11 +178,11 @@ def measure_held() -> Held:
     )
 
 
-@pytest.mark.parametrize("factory", DRAFTERS.values(), ids=DRAFTERS)
-def test_soaked_engine_gives_everything_back(factory: Factory) -> None:
+@pytest.mark.parametrize(("factory", "pace"), DRAFTERS.values(), ids=DRAFTERS)
+def test_soaked_engine_gives_everything_back(factory: Factory, pace: Pace | None) -> None:
     cpu.select(BACKEND.kernels, num_threads=1)
     target = target_on(BACKEND, FAMILY)
-    soak = Soak(Engine(target, factory(target, {}), limits=LIMITS), random.Random(20))
+    soak = Soak(Engine(target, factory(target, {}), limits=LIMITS, pace=pace), random.Random(20))
     # The first requests fill what is made once: caches of tables, compiled patterns, the largest cache.
     soak.run(SOAK_REQUESTS // 4)
     soak.check_empty()
@@ -177,6 +195,6 @@ def test_soaked_engine_gives_everything_back(factory: Factory) -> None:
     assert after.num_bytes - before.num_bytes < 100_000
     assert after.num_resident_bytes - before.num_resident_bytes < 100_000_000
     assert soak.num_submitted == SOAK_REQUESTS
-    assert 0.25 < soak.num_cancelled / SOAK_REQUESTS < 0.35
+    assert 0.2 < soak.num_cancelled / SOAK_REQUESTS < 0.5
     assert soak.num_compared >= SOAK_REQUESTS // 20
     assert soak.num_refused > 0

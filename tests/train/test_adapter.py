@@ -104,6 +104,7 @@ def test_a_finished_run_leaves_a_loadable_adapter_and_a_report(finish, target, p
     assert 0 <= loaded.config.eta < 1
     assert report["num_parameters"] == sum(tensor.numel() for tensor in loaded.tensors.values())
     assert report["num_tokens_seen"] == 6 * 4 * 16
+    assert {"command", "commit", "cpu", "torch"} <= report["stamp"].keys()
 
 
 @pytest.mark.parametrize("kind", KINDS)

@@ -168,6 +168,7 @@ def test_a_finished_run_leaves_loadable_heads_and_a_report(
     report = json.loads((tmp_path / "report.json").read_text())
     assert report == events[-1].report
     assert report["num_tokens_seen"] == 6 * 4 * 16
+    assert report["stamp"]["kernel_backend"] == "reference"
     heads = MedusaHeads.load(tmp_path, target)
     assert report["heads"] == heads.config.model_dump()
     assert report["num_parameters"] == sum(tensor.numel() for tensor in heads.tensors.values())

@@ -5,7 +5,7 @@ Those that are not this package are optional: building one raises KangarooError 
 
 from kangaroo.bench.contenders.base import DTYPES, MAX_CONTEXT, Contender, KangarooContender, Run
 from kangaroo.bench.contenders.llama_cpp import LlamaCppContender
-from kangaroo.bench.contenders.transformers import GenerationSettings, TransformersContender
+from kangaroo.bench.contenders.transformers import GenerationSettings, TokenClock, TransformersContender
 from kangaroo.bench.contenders.vllm import VllmContender
 
 __all__ = [
@@ -16,6 +16,7 @@ __all__ = [
     "KangarooContender",
     "LlamaCppContender",
     "Run",
+    "TokenClock",
     "TransformersContender",
     "VllmContender",
 ]

@@ -2,8 +2,10 @@
 
 from __future__ import annotations
 
+import sys
 from collections.abc import Collection, Sequence
 from dataclasses import dataclass
+from importlib.util import find_spec
 from pathlib import Path
 
 from kangaroo.bench.contenders import (
@@ -64,6 +66,12 @@ def choose_names(wanted: Collection[str], folder: Path, *, parts: Parts) -> list
     elif not wanted and companions:
         chosen.add("auto")
     return [name for name in NAMES if name in chosen]
+
+
+def find_vllm_python(wanted: Collection[str]) -> Path | None:
+    """This interpreter where vLLM is installed beside it and wanted: by its name, or with the usual contenders."""
+    is_wanted = not wanted or "vllm" in wanted
+    return Path(sys.executable) if is_wanted and find_spec("vllm") is not None else None
 
 
 def max_text_tokens(names: Collection[str], context_length: int) -> int:

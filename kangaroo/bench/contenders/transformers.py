@@ -27,6 +27,20 @@ class GenerationSettings:
     assistant_model: Path | None = None
 
 
+class TokenClock:
+    """A streamer of transformers that only notes when the prompts were taken and when each step's tokens came."""
+
+    def __init__(self) -> None:
+        self.times_s: list[float] = []
+
+    def put(self, value: torch.Tensor) -> None:
+        """Called once with the prompts [B, T], then with every step's tokens [B]."""
+        self.times_s.append(time.perf_counter())
+
+    def end(self) -> None:
+        """Nothing is left to note."""
+
+
 class TransformersContender:
     """Greedy `generate` of transformers on the same checkpoint, on the CPU, weights and activations in dtype."""
 
@@ -72,7 +86,9 @@ class TransformersContender:
         (token_ids,) = self.generate_batch([prompt_ids], max_new_tokens=max_new_tokens)
         return Run(token_ids, time.perf_counter() - started_s)
 
-    def generate_batch(self, prompts: Sequence[tuple[int, ...]], *, max_new_tokens: int) -> list[tuple[int, ...]]:
+    def generate_batch(
+        self, prompts: Sequence[tuple[int, ...]], *, max_new_tokens: int, clock: TokenClock | None = None
+    ) -> list[tuple[int, ...]]:
         """Continue prompts of any lengths together, padded on the left; a text that ended early is padded with 0."""
         longest = max(map(len, prompts))
         inputs = torch.tensor([[0] * (longest - len(prompt)) + list(prompt) for prompt in prompts])
@@ -84,6 +100,7 @@ class TransformersContender:
             max_new_tokens=max_new_tokens,
             eos_token_id=self._eos_ids,
             pad_token_id=0,
+            streamer=clock,
             **self._options,
         )
         return [tuple(row) for row in output[:, longest:].tolist()]

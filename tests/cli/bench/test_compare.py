@@ -34,6 +34,18 @@ def test_the_usual_contenders_are_compared_and_those_missing_named(run: Run, mod
     assert "\x1b" not in ran.out
 
 
+def test_vllm_of_this_interpreter_is_a_usual_contender(
+    run: Run, model_folder: Path, prompts: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    (tmp_path / "vllm.py").write_text("raise ImportError('no such engine')")
+    monkeypatch.syspath_prepend(tmp_path)
+    monkeypatch.setenv("PYTHONPATH", str(tmp_path))
+    argv = ["bench", "compare", "--model", model_folder, "--prompts", prompts, "--limit", 1, "--max-new-tokens", 2,
+            "--rounds", 1, "--json"]  # fmt: skip
+    assert "no such engine" in json.loads(run(*argv).out)["left_out"]["vllm"]
+    assert json.loads(run(*argv, "--contender", "prompt_lookup").out)["left_out"] == {}
+
+
 def test_json_and_files_hold_the_same_result(run: Run, model_folder: Path, prompts: Path, tmp_path: Path) -> None:
     stem = tmp_path / "results" / "v1.2"
     ran = run("bench", "compare", "--model", model_folder, "--prompts", prompts, "--limit", 2, "--max-new-tokens", 5,
