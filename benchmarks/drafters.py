@@ -69,7 +69,7 @@ def build_all(model: LoadedModel, datastore: str | None, references: tuple[str, 
     """Every drafter the bundled model can have."""
     names = ["plain", "kangaroo", "layer_skip", "medusa", "draft_model", "prompt_lookup"]
     drafters: dict[str, Drafter] = {name: build_drafter(model, name) for name in names}
-    drafters["auto"] = build_drafter(model, AutoSettings(datastore=datastore))
+    drafters["auto"] = build_drafter(model, AutoSettings(datastore=datastore, references=references))
     drafters["kangaroo behind a gate of 0.3"] = GatedDrafter(
         model.target, build_drafter(model, "kangaroo"), threshold=0.3
     )

@@ -161,6 +161,8 @@ class Engine:
     def _release(self, decoding: Decoding) -> None:
         if decoding.sequence is not None:
             self.drafter.end([decoding.sequence])
+            if self.pace is not None:
+                self.pace.forget(decoding.sequence)
         self.scheduler.release(decoding)
 
     def _check(self, request: Request) -> None:

@@ -169,6 +169,10 @@ class Pace:
             drafts = self._drafts if self._granted == MAX_NODES else self._cut_drafts
             drafts.append((len(parents) - 1, len(path) - 1))
 
+    def forget(self, sequence: Sequence) -> None:
+        """A sequence has ended."""
+        self._drafted.pop(sequence, None)
+
     def _decide(self, sequences: SequenceOf[Sequence]) -> int:
         num_sequences = len(sequences)
         if num_sequences != self._batch_size:

@@ -117,6 +117,9 @@ class Pace:
     def observe(self, draft: Draft, outcome: Outcome, *, draft_time_s: float, verify_time_s: float) -> None:
         pass
 
+    def forget(self, sequence: Sequence) -> None:
+        pass
+
 
 class Observer:
     """Passes everything on to a drafter, and notes how much of its drafts is accepted, and which sequences it holds."""

@@ -135,10 +135,7 @@ class Soak:
         assert not self.engine.scheduler.running
         assert not any(drafter._memory for drafter in self.drafters())
         assert not self.to_give_up
-        if self.engine.pace is not None:
-            # The texts of the last drafts, which it keeps until there are others.
-            assert len(self.engine.pace._drafted) <= LIMITS.max_batch_size
-            self.engine.pace._drafted.clear()
+        assert self.engine.pace is None or not self.engine.pace._drafted
 
     def drafters(self) -> Iterator[AutoDrafter | KangarooDrafter]:
         """Those of the engine that hold something for each text."""
