@@ -210,6 +210,9 @@ class EverySecondStep:
     def observe(self, draft: Draft, outcome: object, **times_s: float) -> None:
         pass
 
+    def forget(self, sequence: object) -> None:
+        pass
+
 
 def test_steps_without_a_draft_are_caught_up_with() -> None:
     target = packed.pack(tame_transformer("llama", 2))
