@@ -69,7 +69,7 @@ def build_all(model: LoadedModel, datastore: str | None, references: tuple[str, 
     """Every drafter the bundled model can have."""
     names = ["plain", "kangaroo", "layer_skip", "medusa", "draft_model", "prompt_lookup"]
     drafters: dict[str, Drafter] = {name: build_drafter(model, name) for name in names}
-    drafters["auto"] = build_drafter(model, AutoSettings(datastore=datastore, references=references))
+    drafters["auto"] = build_drafter(model, AutoSettings(references=references))
     drafters["kangaroo behind a gate of 0.3"] = GatedDrafter(
         model.target, build_drafter(model, "kangaroo"), threshold=0.3
     )
@@ -77,6 +77,8 @@ def build_all(model: LoadedModel, datastore: str | None, references: tuple[str, 
         drafters["prompt_lookup with references"] = build_drafter(model, PromptLookupSettings(references=references))
     if datastore is not None:
         drafters["retrieval"] = build_drafter(model, RetrievalSettings(datastore=datastore))
+        settings = AutoSettings(datastore=datastore, references=references)
+        drafters["auto with retrieval"] = build_drafter(model, settings)
     return drafters
 
 
@@ -88,7 +90,7 @@ def num_parameters(model: LoadedModel, name: str) -> int:
              "medusa": model.folder / "medusa" / "heads.safetensors",
              "draft_model": model.folder / "draft_model" / "model.safetensors"}  # fmt: skip
     path = next(
-        (path for owner, path in files.items() if owner in name or (name == "auto" and owner == "kangaroo")), None
+        (path for owner, path in files.items() if owner in name or ("auto" in name and owner == "kangaroo")), None
     )
     if path is None:
         return 0
