@@ -21,6 +21,7 @@ SHARED_BY_DRAFTERS = (
     "earnings",
     "ngrams",
     "companion",
+    "depths",
     "adapter",
     "medusa_heads",
     "datastore",

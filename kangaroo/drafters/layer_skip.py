@@ -14,6 +14,7 @@ from typing import TYPE_CHECKING
 from torch import Tensor
 
 from kangaroo.drafters.base import Batch, Sequence
+from kangaroo.drafters.depths import DraftDepths
 from kangaroo.drafters.growing import Growth, assemble, draw, grow_all, likeliest, place_frontier, plant
 from kangaroo.drafters.settings import LayerSkipSettings
 from kangaroo.drafters.stopping import StoppingPolicy, choose_stopping
@@ -56,8 +57,7 @@ class LayerSkipDrafter:
         self._target = target
         self._stopping = stopping
         self._branching = branching
-        # How deep the last drafts were, until they have been verified.
-        self._depths: dict[Sequence, int] = {}
+        self._depths = DraftDepths(stopping)
 
     def begin(self, sequences: SequenceOf[Sequence], *, num_slots: int) -> None:
         """Nothing to prepare: the draft has no cache of its own."""
@@ -68,20 +68,17 @@ class LayerSkipDrafter:
         growths = [plant(sequence, min(longest, sequence.max_draft)) for sequence in batch.sequences]
         grow_all(growths, lambda growing: self._guess(growing, self._run(batch, growing)), branching=self._branching,
                  threshold=self._stopping.threshold, prices=batch.prices)  # fmt: skip
-        self._depths.update((growth.sequence, growth.depth) for growth in growths if growth.depth)
+        for growth in growths:
+            self._depths.note(growth.sequence, growth.depth)
         return assemble(growths)
 
     def accept(self, sequences: SequenceOf[Sequence], outcome: Outcome) -> None:
         """Tell the stopping rule how much of the last drafts was accepted."""
-        for sequence, path in zip(sequences, outcome.paths, strict=True):
-            num_drafted = self._depths.pop(sequence, 0)
-            if num_drafted:
-                self._stopping.observe(num_drafted, len(path) - 1)
+        self._depths.settle(sequences, outcome)
 
     def end(self, sequences: SequenceOf[Sequence]) -> None:
         """Forget these sequences."""
-        for sequence in sequences:
-            self._depths.pop(sequence, None)
+        self._depths.forget(sequences)
 
     def _run(self, batch: Batch, growths: SequenceOf[Growth]) -> Tensor:
         """The states [F, D] that leave the skipping target for the nodes of every frontier."""

@@ -8,6 +8,11 @@ BREAK = -1
 _ROOT = 0
 
 
+def confidence_of(length: int) -> float:
+    """How sure a match of so many tokens is: roughly, every one of them halves the doubt."""
+    return 1 - 0.5**length
+
+
 class NgramIndex:
     """Every n-gram of a text, of 1 to max_ngram tokens, with the positions it ends at, newest first.
 

@@ -14,7 +14,8 @@ from pathlib import Path
 from typing import TYPE_CHECKING
 
 from kangaroo.drafters.base import MAX_NODES, Batch, Sequence
-from kangaroo.drafters.ngrams import BREAK, NgramIndex
+from kangaroo.drafters.depths import DraftDepths
+from kangaroo.drafters.ngrams import BREAK, NgramIndex, confidence_of
 from kangaroo.drafters.settings import PromptLookupSettings
 from kangaroo.drafters.stopping import choose_stopping
 from kangaroo.drafters.tree import merge
@@ -53,8 +54,7 @@ class PromptLookupDrafter:
         self._references = NgramIndex(tokens, settings.max_ngram)
         self._references.update()
         self._indexes: dict[Sequence, NgramIndex] = {}
-        # How deep the last drafts were, until they have been verified.
-        self._depths: dict[Sequence, int] = {}
+        self._depths = DraftDepths(self._stopping)
 
     def begin(self, sequences: SequenceOf[Sequence], *, num_slots: int) -> None:
         """Start an index of every text."""
@@ -69,29 +69,24 @@ class PromptLookupDrafter:
         trees, confidences = [], []
         for sequence in batch.sequences:
             length, continuations = self._continue(sequence)
-            # Every token of a match halves the doubt, roughly.
-            confidence = 1 - 0.5**length
+            confidence = confidence_of(length)
             if confidence < self._stopping.threshold:
                 continuations = [continuation[:1] for continuation in continuations]
             tokens, parents = merge(sequence.tokens[-1], continuations)
             trees.append((tokens, parents))
             confidences.append([1.0] + [confidence] * (len(tokens) - 1))
-            if continuations:
-                self._depths[sequence] = max(depths_of(parents))
+            self._depths.note(sequence, max(depths_of(parents)))
         return Draft([tokens for tokens, _ in trees], [parents for _, parents in trees], confidence=confidences)
 
     def accept(self, sequences: SequenceOf[Sequence], outcome: Outcome) -> None:
         """Tell the stopping rule how much of the last drafts was accepted; the next ones read the texts themselves."""
-        for sequence, path in zip(sequences, outcome.paths, strict=True):
-            num_drafted = self._depths.pop(sequence, 0)
-            if num_drafted:
-                self._stopping.observe(num_drafted, len(path) - 1)
+        self._depths.settle(sequences, outcome)
 
     def end(self, sequences: SequenceOf[Sequence]) -> None:
         """Forget these sequences."""
         for sequence in sequences:
             self._indexes.pop(sequence, None)
-            self._depths.pop(sequence, None)
+        self._depths.forget(sequences)
 
     def _continue(self, sequence: Sequence) -> tuple[int, list[tuple[int, ...]]]:
         """Different continuations of the text, best first: those behind the longest n-gram that has any.

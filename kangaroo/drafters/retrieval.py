@@ -9,6 +9,8 @@ from typing import TYPE_CHECKING
 
 from kangaroo.drafters.base import MAX_NODES, Batch, Sequence
 from kangaroo.drafters.datastore import Datastore
+from kangaroo.drafters.depths import DraftDepths
+from kangaroo.drafters.ngrams import confidence_of
 from kangaroo.drafters.settings import RetrievalSettings
 from kangaroo.drafters.stopping import choose_stopping
 from kangaroo.drafters.tree import Branching
@@ -52,8 +54,7 @@ class RetrievalDrafter:
         self._settings = settings
         self._stopping = choose_stopping(settings.num_tokens, settings.eta)
         self._branching = Branching(MAX_NODES, settings.max_nodes)
-        # How deep the last drafts were, until they have been verified.
-        self._depths: dict[Sequence, int] = {}
+        self._depths = DraftDepths(self._stopping)
 
     def begin(self, sequences: SequenceOf[Sequence], *, num_slots: int) -> None:
         """Nothing to prepare."""
@@ -65,23 +66,17 @@ class RetrievalDrafter:
         """
         trees = [self._look_up(sequence, batch.prices.branch) for sequence in batch.sequences]
         for sequence, (_, parents, _) in zip(batch.sequences, trees, strict=True):
-            if len(parents) > 1:
-                self._depths[sequence] = max(depths_of(parents))
-        # As prompt lookup has it: every token of a match halves the doubt.
-        confidence = [[1.0] + [1 - 0.5**length] * (len(tokens) - 1) for tokens, _, length in trees]
+            self._depths.note(sequence, max(depths_of(parents)))
+        confidence = [[1.0] + [confidence_of(length)] * (len(tokens) - 1) for tokens, _, length in trees]
         return Draft([tokens for tokens, _, _ in trees], [parents for _, parents, _ in trees], confidence=confidence)
 
     def accept(self, sequences: SequenceOf[Sequence], outcome: Outcome) -> None:
         """Tell the stopping rule how much of the last drafts was accepted."""
-        for sequence, path in zip(sequences, outcome.paths, strict=True):
-            num_drafted = self._depths.pop(sequence, 0)
-            if num_drafted:
-                self._stopping.observe(num_drafted, len(path) - 1)
+        self._depths.settle(sequences, outcome)
 
     def end(self, sequences: SequenceOf[Sequence]) -> None:
         """Forget these sequences."""
-        for sequence in sequences:
-            self._depths.pop(sequence, None)
+        self._depths.forget(sequences)
 
     def _look_up(self, sequence: Sequence, price: float) -> tuple[list[int], list[int], int]:
         """Tokens and parents of one sequence's draft, and how long a match it follows."""

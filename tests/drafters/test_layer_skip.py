@@ -174,7 +174,7 @@ def test_it_needs_no_taps_and_ends_with_nothing_remembered() -> None:
     drafter = LayerSkipDrafter(target, SKIPS, stopping=FixedLength(2))
     run(target, drafter, PARAMS["greedy"])
     assert drafter.taps == ()
-    assert drafter._depths == {}
+    assert drafter._depths._depths == {}
 
 
 def loaded(folder: Path, name: str = "tiny") -> LoadedModel:

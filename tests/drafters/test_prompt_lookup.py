@@ -170,7 +170,7 @@ def test_threshold_rises_where_drafts_fail_and_falls_where_they_are_accepted() -
         drafter.accept([sequence], Outcome(((0, 1, 2),), ((),), ({},)))
     drafter.draft(batch)
     drafter.end(batch.sequences)
-    assert drafter._depths == {}
+    assert drafter._depths._depths == {}
 
 
 def test_no_match_reaches_from_one_reference_into_the_next() -> None:

@@ -186,7 +186,7 @@ def test_threshold_rises_where_drafts_fail_and_falls_where_they_are_accepted(tmp
         drafter.accept([sequence], Outcome(((0, 1, 2),), ((),), ({},)))
     draft_behind(drafter, sequence)
     drafter.end([sequence, other])
-    assert drafter._depths == {}
+    assert drafter._depths._depths == {}
 
 
 @pytest.mark.parametrize(
