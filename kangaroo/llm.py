@@ -273,12 +273,12 @@ def resolve_settings(model: LoadedModel, drafter: str | Settings | None, *, batc
     companion = COMPANION_SETTINGS.get(settings.name)
     if companion is not None and getattr(settings, companion) is None:
         path = model.folder / Path(COMPANIONS[settings.name]).parts[0]
-        # The name of a draft model that is not there would be taken for a hub id.
-        if path.exists() or settings.name != "draft_model":
+        # What is not there stays open: whoever builds the drafter says so, and takes no folder for a hub id.
+        if path.exists():
             settings = replace(settings, **{companion: str(path)})
     if isinstance(settings, KangarooSettings):
         settings = apply_tuning(settings, model, batch_size=batch_size)
-        folder = Path(str(settings.adapter)).expanduser()
+        folder = Path(settings.adapter or model.adapter_folder).expanduser()
         if folder.is_dir():
             settings = complete_settings(settings, ADAPTER.read_config(folder, AdapterConfig))
     return settings  # type: ignore[no-any-return]

@@ -68,15 +68,21 @@ def describe_training(progress: dict[str, Any]) -> str:
     ])  # fmt: skip
 
 
-def describe_adapter(report: dict[str, Any]) -> str:
-    plan, metrics = report["plan"], report["metrics"]
+def describe_guesses(metrics: dict[str, Any]) -> str:
     consistent = " / ".join(f"{metrics[f'ctar_{width}']:.3f}" for width in (1, 3, 6))
+    return (
+        f"top-1 {metrics['top1']:.3f}, top-3 {metrics['top3']:.3f}, expected acceptance "
+        f"{metrics['expected_acceptance']:.3f}, CTAR@1/3/6 {consistent}"
+    )
+
+
+def describe_adapter(report: dict[str, Any]) -> str:
+    plan = report["plan"]
     return (
         f"Exit layer {plan['exit_layer']}, {report['num_parameters']:,} parameters, trained on the target's own greedy "
         f"continuations of {report['num_documents']:,} pieces of the train split (recipes/continuations.py): "
         f"{report['num_tokens_seen'] / 1e6:.2f}M tokens in {report['wall_time_s'] / 60:.0f} minutes. On held-out "
-        f"texts of that kind, teacher-forced: top-1 {metrics['top1']:.3f}, top-3 {metrics['top3']:.3f}, expected "
-        f"acceptance {metrics['expected_acceptance']:.3f}, CTAR@1/3/6 {consistent}. The report is adapter/report.json."
+        f"texts of that kind, teacher-forced: {describe_guesses(report['metrics'])}. The report is adapter/report.json."
     )
 
 
@@ -95,15 +101,12 @@ def describe_medusa(report: dict[str, Any]) -> str:
 
 
 def describe_draft_model(report: dict[str, Any]) -> str:
-    metrics = report["metrics"]
-    consistent = " / ".join(f"{metrics[f'ctar_{width}']:.3f}" for width in (1, 3, 6))
     layers = " and ".join(str(layer) for layer in report["draft_model"]["layers"])
     return (
         f"A copy of the target's layers {layers} under its own embedding, head and norms, the layers trained further "
         f"on the target's distributions over the same text by Muon ({report['plan']['learning_rate']}): "
         f"{report['num_tokens_seen'] / 1e6:.2f}M tokens in {report['wall_time_s'] / 60:.0f} minutes "
-        f"(recipes/draft_model.py). On the same held-out texts, teacher-forced: top-1 {metrics['top1']:.3f}, top-3 "
-        f"{metrics['top3']:.3f}, expected acceptance {metrics['expected_acceptance']:.3f}, CTAR@1/3/6 {consistent}. "
+        f"(recipes/draft_model.py). On the same held-out texts, teacher-forced: {describe_guesses(report['metrics'])}. "
         "The report is draft_model/report.json."
     )
 

@@ -8,7 +8,7 @@ from __future__ import annotations
 
 from collections.abc import Sequence as SequenceOf
 from itertools import takewhile
-from typing import TYPE_CHECKING, cast
+from typing import TYPE_CHECKING
 
 import torch
 from torch import Tensor
@@ -19,7 +19,6 @@ from kangaroo.drafters.settings import DraftModelSettings
 from kangaroo.drafters.stopping import StoppingPolicy, choose_stopping
 from kangaroo.drafters.tree import CHAIN, Branching, Guesses
 from kangaroo.errors import CheckpointError, SettingsError
-from kangaroo.kernels import NATIVE
 from kangaroo.model.cache import CachedPass, Segment
 from kangaroo.model.checkpoint import LoadedModel, load_model
 from kangaroo.model.transformer import Transformer
@@ -27,7 +26,7 @@ from kangaroo.sampling import needs_logits
 from kangaroo.types import Draft, Outcome
 
 if TYPE_CHECKING:
-    from kangaroo.model.packed import PackedTransformer
+    pass
 
 # Long prompts reach the draft model in blocks, so that a pass stays small.
 FEED_ROWS = 512
@@ -45,7 +44,7 @@ def build(model: LoadedModel, settings: DraftModelSettings) -> DraftModelDrafter
     stopping = choose_stopping(settings.gamma, settings.eta)
     branching = Branching(settings.num_siblings, settings.max_nodes)
     target = model.target
-    storage = _storage(target) if settings.dtype is None else settings.dtype
+    storage = target.storage if settings.dtype is None else settings.dtype
     is_int8 = storage == "int8"
     draft = load_model(
         settings.model,
@@ -177,10 +176,3 @@ class DraftModelDrafter:
         num_missing = self._vocab_size - logits.shape[1]
         logits = torch.nn.functional.pad(logits, (0, num_missing), value=float("-inf"))
         return draw(growths, logits, num_siblings=num_siblings)
-
-
-def _storage(target: Transformer) -> str:
-    """What the target's weights are kept in."""
-    if target.backend == NATIVE:
-        return cast("PackedTransformer", target).storage
-    return str(target.dtype).removeprefix("torch.")

@@ -21,7 +21,7 @@ from kangaroo.bench.drafting import describe_drafter
 from kangaroo.drafters.settings import SETTINGS, DraftModelSettings, KangarooSettings, Settings, find_settings
 from kangaroo.engine.pace import Pace
 from kangaroo.errors import KangarooError, SettingsError
-from kangaroo.llm import LLM, build_drafter, find_companions
+from kangaroo.llm import LLM, build_drafter, find_companions, resolve_settings
 from kangaroo.model.checkpoint import LoadedModel, find_folder
 
 # Ours, by drafter, and the others, in the order of a report.
@@ -97,8 +97,7 @@ def build_contenders(
         try:
             if name.startswith("transformers"):
                 shared = shared or TransformersContender(model.folder, eos_ids=model.eos_ids, dtype=parts.dtype)
-                draft_model = parts.draft_model or str(model.folder / "draft_model")
-                contenders.append(_vary(shared, name, draft_model=draft_model))
+                contenders.append(_vary(shared, model, name=name, parts=parts))
             else:
                 contenders.append(_build_other(model, name, parts=parts))
         except KangarooError as error:
@@ -117,12 +116,15 @@ def _settings(name: str, *, parts: Parts) -> Settings:
     return DraftModelSettings(model=parts.draft_model) if name == "draft_model" else find_settings(name)()
 
 
-def _vary(shared: TransformersContender, name: str, *, draft_model: str) -> TransformersContender:
+def _vary(shared: TransformersContender, model: LoadedModel, *, name: str, parts: Parts) -> TransformersContender:
     if name == "transformers":
         return shared
     if name == "transformers-prompt-lookup":
         return shared.speculating(_PROMPT_LOOKUP, name=name)
-    settings = GenerationSettings(assistant_model=find_folder(draft_model))
+    drafting = resolve_settings(model, _settings("draft_model", parts=parts))
+    assert isinstance(drafting, DraftModelSettings)
+    assert drafting.model is not None, "choose_names saw that there is one"
+    settings = GenerationSettings(assistant_model=find_folder(drafting.model))
     return shared.speculating(settings, name=name)
 
 
