@@ -38,12 +38,13 @@ CHOICES = {
 def time_choices(params: SamplingParams) -> float:
     """Median microseconds of one choose(), each after another row and at another position."""
     rows = LOGITS_STD * torch.randn(NUM_ROWS, VOCAB_SIZE, generator=torch.Generator().manual_seed(0))
-    prefix, times_us = Prefix((0,), stop_ids=frozenset()), []
+    tokens, times_us = [0], []
+    prefix = Prefix(tokens, stop_ids=frozenset())
     for index in range(NUM_CHOICES):
         started_ns = time.perf_counter_ns()
         token = choose(rows[index % NUM_ROWS], params, prefix=prefix)
         times_us.append((time.perf_counter_ns() - started_ns) / 1000)
-        prefix.append(token)
+        tokens.append(token)
     return statistics.median(times_us)
 
 

@@ -36,26 +36,26 @@ class Prefix:
     stop_ids: the tokens that min_new_tokens forbids (EOS and stop_token_ids).
     """
 
-    def __init__(self, prompt_ids: Sequence[int], *, stop_ids: frozenset[int]) -> None:
-        self.num_tokens = len(prompt_ids)
-        self.num_new_tokens = 0
-        self.stop_ids = stop_ids
-        self._slots = {token: slot for slot, token in enumerate(dict.fromkeys(prompt_ids))}
-        self._token_ids = array("q", self._slots)
-        self._counts = array("q", [0] * len(self._slots))
+    def __init__(self, tokens: list[int], *, stop_ids: frozenset[int]) -> None:
+        """tokens: the prompt, to which new tokens may be appended."""
+        self.stop_ids, self.num_prompt_tokens = stop_ids, len(tokens)
+        self._tokens, self._num_counted = tokens, 0
+        self._slots, self._token_ids, self._counts = dict[int, int](), array("q"), array("q")
 
-    def append(self, token: int) -> None:
-        """Commit one new token."""
-        self.num_tokens += 1
-        self.num_new_tokens += 1
-        slot = self._slots.setdefault(token, len(self._slots))
-        if slot == len(self._token_ids):
-            self._token_ids.append(token)
-            self._counts.append(0)
-        self._counts[slot] += 1
+    @property
+    def num_tokens(self) -> int:
+        return len(self._tokens)
 
     def count(self, drafted: Sequence[int] = ()) -> tuple[Array, Array]:
         """Distinct token ids [K] of the text and `drafted` behind it, and how many of each [K] are not the prompt's."""
+        # Few requests ever ask, so that tokens are counted here and not as they come.
+        for index in range(self._num_counted, len(self._tokens)):
+            slot = self._slots.setdefault(self._tokens[index], len(self._slots))
+            if slot == len(self._token_ids):
+                self._token_ids.append(self._tokens[index])
+                self._counts.append(0)
+            self._counts[slot] += index >= self.num_prompt_tokens
+        self._num_counted = len(self._tokens)
         counts, fresh = np.array(self._counts), dict[int, int]()
         for token in drafted:
             if token in self._slots:
@@ -184,7 +184,7 @@ def _has_penalty(params: SamplingParams) -> bool:
 
 def _adjust(row: Array, params: SamplingParams, *, prefix: Prefix, drafted: Sequence[int]) -> Array:
     """Bias, penalties and minimum length, which touch few tokens; the row itself where they touch none."""
-    is_too_short = prefix.num_new_tokens + len(drafted) < params.min_new_tokens
+    is_too_short = prefix.num_tokens - prefix.num_prompt_tokens + len(drafted) < params.min_new_tokens
     if not (params.logit_bias or _has_penalty(params) or is_too_short):
         return row
     row = row.copy()

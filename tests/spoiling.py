@@ -24,11 +24,13 @@ def spoil_wide_passes(monkeypatch: pytest.MonkeyPatch, spoil: Spoil, *, owner: t
         return (spoil(out), taps) if len(out) > 1 else (out, taps)
 
     def decide(self: object, entering: Any, span: tuple[int, int], *, ends: Any, taps: Any, **settings: Any) -> Any:
-        embedding, scale, head, norm = ends
+        embedding, scale, head = ends
         hidden = cpu.gather(embedding, entering) * scale if isinstance(entering, list) else entering
         out, tapped = perturbed(self, hidden, span, taps=taps, **settings)
         tapped |= {span[1]: out} if span[1] in taps else {}
-        return head.argmax(out, norm).tolist(), tapped
+        ids = torch.empty(len(out), dtype=torch.int64)
+        cpu._native.run_head((*head[:4], (0, ids.data_ptr(), 0)), (out.data_ptr(), len(out)))
+        return ids.tolist(), tapped
 
     monkeypatch.setattr(owner, name, perturbed)
     if owner is cpu.Stack:

@@ -32,9 +32,9 @@ STOP_IDS = frozenset({1, 2, 999_999})
 
 
 def prefix_of(prompt_ids: Sequence[int], new_ids: Sequence[int] = (), stop_ids: frozenset[int] = STOP_IDS) -> Prefix:
-    prefix = Prefix(prompt_ids, stop_ids=stop_ids)
-    for token in new_ids:
-        prefix.append(token)
+    tokens = list(prompt_ids)
+    prefix = Prefix(tokens, stop_ids=stop_ids)
+    tokens += new_ids
     return prefix
 
 
@@ -145,7 +145,7 @@ def test_row_inside_a_draft_is_the_row_after_the_same_tokens_committed(
 
 def test_prefix_counts_the_same_text_however_it_was_split() -> None:
     whole = prefix_of([5, 6, 5], [6, 7, 7, 8])
-    assert (whole.num_tokens, whole.num_new_tokens) == (7, 4)
+    assert (whole.num_tokens, whole.num_prompt_tokens) == (7, 3)
     expected = {5: 0, 6: 1, 7: 2, 8: 1}
     for num_committed in range(5):
         prefix = prefix_of([5, 6, 5], [6, 7, 7, 8][:num_committed])
@@ -334,8 +334,7 @@ def exact_probs(text: tuple[int, ...], *, num_prompt_tokens: int) -> list[float]
 def test_single_tokens_over_positions_of_one_seed_follow_the_exact_distribution() -> None:
     params, counts = SamplingParams(**MARKOV_SETTINGS, seed=12), Counter[int]()
     for position in range(15_000):
-        prefix = prefix_of((3, 4))
-        prefix.num_tokens = position
+        prefix = type("Moved", (Prefix,), {"num_tokens": position})([3, 4], stop_ids=STOP_IDS)
         counts[choose(MARKOV[4], params, prefix=prefix)] += 1
     assert_follows(counts, dict(enumerate(exact_probs((3, 4), num_prompt_tokens=2))))
 
@@ -344,12 +343,13 @@ def test_single_tokens_over_positions_of_one_seed_follow_the_exact_distribution(
 def test_three_tokens_over_seeds_follow_the_exact_joint_distribution(num_committed: int) -> None:
     counts = Counter[tuple[int, ...]]()
     for seed in range(6_000):
-        params, prefix, new_ids = SamplingParams(**MARKOV_SETTINGS, seed=seed), prefix_of((3, 4)), list[int]()
+        params, tokens, new_ids = SamplingParams(**MARKOV_SETTINGS, seed=seed), [3, 4], list[int]()
+        prefix = Prefix(tokens, stop_ids=STOP_IDS)
         for index in range(3):
             last = new_ids[-1] if new_ids else 4
             new_ids.append(choose(MARKOV[last], params, prefix=prefix, drafted=new_ids[num_committed:]))
             if index < num_committed:
-                prefix.append(new_ids[-1])
+                tokens.append(new_ids[-1])
         counts[tuple(new_ids)] += 1
     joint = {}
     for first, second, third in itertools.product(range(6), repeat=3):

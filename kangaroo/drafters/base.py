@@ -9,7 +9,7 @@ from typing import NamedTuple, Protocol
 
 from kangaroo.model.cache import KVCache, Segment
 from kangaroo.model.transformer import Transformer
-from kangaroo.sampling import Prefix
+from kangaroo.sampling import Prefix, needs_logits
 from kangaroo.types import Draft, Outcome, Request, TokenLogprobs
 
 # The most nodes of a draft, its root included: caches hold this many slots behind the text.
@@ -23,13 +23,15 @@ class Sequence:
     slot is its row in the target's cache, which holds every committed token but the last;
     max_draft bounds the depth of guesses worth making: at most what may still be emitted, less the bonus token; while
     its prompt is read, 0 where drafting is not likely to pay.
-    prefix counts the tokens for the processors of the request. error: what went wrong with it alone, which ends it.
+    prefix counts the tokens for the processors of the request. needs_logits: whether the target's choice is more than
+    the argmax (sampling.needs_logits). error: what went wrong with it alone, which ends it.
     """
 
     request: Request
     slot: int
     tokens: list[int] = field(init=False)
     prefix: Prefix = field(init=False)
+    needs_logits: bool = field(init=False)
     max_draft: int = 0
     origins: list[str] = field(default_factory=list)
     logprobs: list[TokenLogprobs] = field(default_factory=list)
@@ -37,7 +39,8 @@ class Sequence:
 
     def __post_init__(self) -> None:
         self.tokens = list(self.request.prompt_ids)
-        self.prefix = Prefix(self.request.prompt_ids, stop_ids=self.request.stop_ids)
+        self.prefix = Prefix(self.tokens, stop_ids=self.request.stop_ids)
+        self.needs_logits = needs_logits(self.request.params)
 
     @property
     def num_new_tokens(self) -> int:
@@ -47,7 +50,6 @@ class Sequence:
         """Commit a token; origin as in types.Token."""
         self.tokens.append(token)
         self.origins.append(origin)
-        self.prefix.append(token)
 
 
 class Prices(NamedTuple):
@@ -119,7 +121,7 @@ class Drafter(Protocol):
 
 def is_chain(parents: SequenceOf[int]) -> bool:
     """Whether a draft's nodes follow one another without branches."""
-    return all(parent == node - 1 for node, parent in enumerate(parents))
+    return list(parents) == list(range(-1, len(parents) - 1))
 
 
 def draft_roots(batch: Batch) -> Draft:

@@ -17,7 +17,7 @@ import torch
 from torch import Tensor
 
 from kangaroo.drafters.adapter import Adapter, AdapterConfig, check_exit_layer
-from kangaroo.drafters.base import MAX_NODES, Batch, Prices, Sequence, draft_roots, place_nodes
+from kangaroo.drafters.base import MAX_NODES, Batch, Prices, Sequence, draft_roots, is_chain, place_nodes
 from kangaroo.drafters.growing import Growth, add_level, assemble, draw, likeliest, place_frontier, plant
 from kangaroo.drafters.settings import KangarooSettings
 from kangaroo.drafters.stopping import StoppingPolicy, choose_stopping
@@ -25,7 +25,7 @@ from kangaroo.drafters.tree import CHAIN, Branching, Guesses
 from kangaroo.model.cache import CachedPass, depths_of
 from kangaroo.model.transformer import Transformer
 from kangaroo.sampling import needs_logits, reads_prefix
-from kangaroo.types import Draft, Outcome
+from kangaroo.types import Draft, Outcome, SamplingParams
 
 if TYPE_CHECKING:
     from kangaroo.kernels.cpu import Draw
@@ -65,10 +65,11 @@ def complete_settings(settings: KangarooSettings, config: AdapterConfig) -> Kang
 class _Memory:
     """What is held per sequence between steps.
 
-    pending: states [R, D] of committed tokens that the adapter has not been fed yet. fed: the nodes of the last draft
-    that it has; num_drafted: how deep that draft was.
+    draw: how the native kernels draw guesses, None where they cannot. pending: states [R, D] of committed tokens that
+    the adapter has not been fed yet. fed: the nodes of the last draft that it has; num_drafted: how deep it was.
     """
 
+    draw: Draw | None
     pending: list[Tensor] = field(default_factory=list)
     fed: set[int] = field(default_factory=set)
     num_drafted: int = 0
@@ -81,19 +82,6 @@ class _Growth(Growth):
     row: int = 0
     level: range = range(1)
     states: list[Tensor] = field(default_factory=list)
-
-    @property
-    def is_native(self) -> bool:
-        """Whether the native kernels can guess by themselves."""
-        return self.is_coupled and not reads_prefix(self.params)
-
-    @property
-    def lottery(self) -> Draw:
-        """How the native kernels draw guesses."""
-        params = self.params
-        # No vocabulary is larger; a number the kernels cannot take would fail the whole batch.
-        top_k = min(params.top_k, 2**31)
-        return params.seed or 0, params.temperature, top_k, params.top_p, params.min_p
 
 
 class KangarooDrafter:
@@ -109,7 +97,7 @@ class KangarooDrafter:
         check_exit_layer(self.exit_layer, target.num_layers)
         self.taps: tuple[int, ...] = (self.exit_layer,)
         self._target = target
-        self._adapter = adapter
+        self._adapter, self._attends = adapter, adapter.attends
         self._head = adapter.head(target)
         self._nothing = torch.empty(0, target.config.hidden_size, dtype=target.dtype, device=target.device)
         self._stopping = stopping
@@ -119,26 +107,27 @@ class KangarooDrafter:
 
     def begin(self, sequences: SequenceOf[Sequence], *, num_slots: int) -> None:
         """Make room in the adapter's own cache; one without attention never fills it."""
-        room = num_slots if self._adapter.attends else MAX_NODES
+        room = num_slots if self._attends else MAX_NODES
         self._cache.reserve(1 + max(sequence.slot for sequence in sequences), room)
         for sequence in sequences:
             self._cache.truncate(sequence.slot, 0)
-            self._memory[sequence] = _Memory()
+            self._memory[sequence] = _Memory(_describe_draw(sequence.request.params))
 
     def draft(self, batch: Batch) -> Draft:
         """Feed the adapter what it has not seen, then draft level by level until the stopping rule says so."""
         longest = min(self._stopping.max_length, self._branching.max_nodes - 1)
+        most = [min(longest, sequence.max_draft) for sequence in batch.sequences]
+        if not any(most):
+            return draft_roots(batch)
+        draws = [self._memory[sequence].draw for sequence in batch.sequences]
+        if self._adapter.packed is not None and None not in draws:
+            return self._draft_in_one_call(batch, most)
         growths = [
-            _Growth(**vars(plant(sequence, min(longest, sequence.max_draft))), row=row)
-            for row, sequence in enumerate(batch.sequences)
+            _Growth(**vars(plant(sequence, depth)), row=row)
+            for row, (sequence, depth) in enumerate(zip(batch.sequences, most, strict=True))
         ]
         growing = [growth for growth in growths if growth.max_depth > 0]
-        if not growing:
-            return draft_roots(batch)
-        if self._adapter.packed is not None and all(growth.is_native for growth in growing):
-            return self._draft_in_one_call(batch, growths)
-        is_chain = self._branching.num_siblings == 1
-        is_greedy = is_chain and not any(needs_logits(growth.params) for growth in growing)
+        is_greedy = self._branching.num_siblings == 1 and not any(needs_logits(growth.params) for growth in growing)
         # Filled on the device: a copy from the host would wait for it.
         device = self._target.device
         roots = [torch.full((1,), growth.tree.tokens[0], device=device) for growth in growths]
@@ -172,13 +161,13 @@ class KangarooDrafter:
         """
         for sequence, path, taps in zip(sequences, outcome.paths, outcome.taps, strict=True):
             memory, states = self._memory[sequence], taps[self.exit_layer]
-            if memory.fed and self._adapter.attends:
+            if memory.fed and self._attends:
                 kept = list(takewhile(memory.fed.__contains__, path))
                 self._cache.keep(sequence.slot, kept)
                 states = states[len(kept) :]
-            if self._adapter.attends:
+            if self._attends:
                 memory.pending.append(states)
-                if sequence.max_draft > 0 and sum(map(len, memory.pending)) > FEW_ROWS:
+                if sequence.max_draft > 0 and sum([one.shape[0] for one in memory.pending]) > FEW_ROWS:
                     memory.pending = [self._shorten(sequence, 0)]
             if memory.num_drafted:
                 self._stopping.observe(memory.num_drafted, len(path) - 1)
@@ -217,7 +206,7 @@ class KangarooDrafter:
         """Feed the adapter pending states until at most so many are left; returns those."""
         memory, slot = self._memory[sequence], sequence.slot
         pending = memory.pending[0] if len(memory.pending) == 1 else torch.cat([self._nothing, *memory.pending])
-        while len(pending) > num_left:
+        while pending.shape[0] > num_left:
             rows, pending = pending[:FEED_ROWS], pending[FEED_ROWS:]
             block = place_nodes(self._cache, slot, num_rows=len(rows))
             self._adapter.run(rows, attention=CachedPass(self._cache, [block]))
@@ -251,15 +240,17 @@ class KangarooDrafter:
             tokens += growth.tree.tokens[first:]
         return ids if is_blind else torch.tensor(tokens, device=hidden.device)
 
-    def _draft_in_one_call(self, batch: Batch, growths: SequenceOf[_Growth]) -> Draft:
-        """The same trees, on packed weights, without returning to Python between levels."""
+    def _draft_in_one_call(self, batch: Batch, most: SequenceOf[int]) -> Draft:
+        """The same trees, at most so deep, on packed weights, without returning to Python between levels."""
         assert self._adapter.packed is not None, "packed weights only"
-        pending = [self._shorten(one.sequence, FEED_ROWS) if one.max_depth > 0 else self._nothing for one in growths]
-        starts = []
-        for growth, states in zip(growths, pending, strict=True):
-            slot = growth.sequence.slot
-            starts.append((slot, batch.cache.lengths[slot], slot, self._cache.lengths[slot], growth.tree.tokens[0],
-                           len(states), growth.max_depth, growth.lottery))  # fmt: skip
+        starts, pending = [], []
+        for sequence, depth in zip(batch.sequences, most, strict=True):
+            memory, slot = self._memory[sequence], sequence.slot
+            assert memory.draw is not None, "the native kernels must be able to draw"
+            states = self._shorten(sequence, FEED_ROWS) if depth else self._nothing
+            pending.append(states)
+            starts.append((slot, batch.cache.lengths[slot], slot, self._cache.lengths[slot], sequence.tokens[-1],
+                           states.shape[0], depth, memory.draw))  # fmt: skip
         stopping, branching = self._stopping, self._branching
         drafted, states = cast("PackedTransformer", self._target).draft(
             (batch.cache, self._cache),
@@ -269,13 +260,14 @@ class KangarooDrafter:
             pending=pending[0] if len(pending) == 1 else torch.cat(pending),
             head=(cast("PackedTransformer", self._head), self._adapter.final_norm),
         )
-        for growth, (_, parents, _), fresh in zip(growths, drafted, pending, strict=True):
-            memory, slot = self._memory[growth.sequence], growth.sequence.slot
-            if growth.max_depth > 0:
-                self._cache.truncate(slot, self._cache.lengths[slot] + len(fresh))
+        for sequence, start, (_, parents, _) in zip(batch.sequences, starts, drafted, strict=True):
+            memory = self._memory[sequence]
+            if start[6]:
+                self._cache.truncate(start[2], start[3] + start[5])
                 memory.pending = []
             # Those that got children are known to the adapter.
-            memory.fed, memory.num_drafted = set(parents[1:]), max(depths_of(parents))
+            memory.fed = set(parents[1:])
+            memory.num_drafted = len(parents) - 1 if is_chain(parents) else max(depths_of(parents))
         return Draft(
             tokens=[tokens for tokens, _, _ in drafted],
             parents=[parents for _, parents, _ in drafted],
@@ -283,6 +275,14 @@ class KangarooDrafter:
             hidden=states,
             confidence=[confidences for _, _, confidences in drafted],
         )
+
+
+def _describe_draw(params: SamplingParams) -> Draw | None:
+    """How the native kernels draw guesses, None where they cannot by themselves."""
+    if params.rule != "coupling" or reads_prefix(params):
+        return None
+    # No vocabulary is larger; a number the kernels cannot take would fail the whole batch.
+    return params.seed or 0, params.temperature, min(params.top_k, 2**31), params.top_p, params.min_p
 
 
 def _join(levels: list[tuple[list[_Growth], Tensor]], num_trees: int) -> Tensor:

@@ -84,18 +84,18 @@ class Decoding:
 
     def emit(self, committed: SequenceOf[int]) -> int:
         """Append the tokens a pass committed up to the first stop; returns how many."""
-        sequence = self.sequence
+        sequence, text, room = self.sequence, self.text, self.room
         assert sequence is not None, "a request without a slot emits nothing"
-        for index, token in enumerate(committed):
-            if self.text is not None:
-                self.pieces.append(self.text.feed(token))
-            sequence.append(token, "bonus" if index == len(committed) - 1 else "draft")
-            if token in self.request.stop_ids or (self.text is not None and self.text.stopped):
+        for num_emitted, token in enumerate(committed, 1):
+            if text is not None:
+                self.pieces.append(text.feed(token))
+            sequence.append(token, "bonus" if num_emitted == len(committed) else "draft")
+            if token in self.request.stop_ids or (text is not None and text.stopped):
                 self.finish("stop")
-            elif self.room == 0:
+                return num_emitted
+            if num_emitted == room:
                 self.finish("length")
-            if self.finish_reason is not None:
-                return index + 1
+                return num_emitted
         return len(committed)
 
     def finish(self, reason: str) -> None:

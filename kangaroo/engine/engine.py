@@ -4,6 +4,7 @@ import time
 from collections.abc import Sequence as SequenceOf
 from contextlib import nullcontext
 from dataclasses import replace
+from functools import partial
 
 import torch
 
@@ -44,6 +45,7 @@ class Engine:
         self._cache = target.new_cache(1, SLOT_BLOCK)
         # The native kernels record nothing for gradients, and entering the mode takes part of every step.
         self._mode = torch.inference_mode() if target.backend == REFERENCE else nullcontext()
+        self._now_s = partial(_synchronize, target.device) if target.device.type == "cuda" else time.perf_counter
 
     def submit(self, request: Request, text: Text | None = None) -> Decoding:
         """Take a request, to be decoded by the steps that follow; a seed is drawn for one that has none.
@@ -73,8 +75,10 @@ class Engine:
         started_s = self._now_s()
         with self._mode:
             changed = self._admit()
-            decoding = [one for one in self.scheduler.running if not one.is_reading]
-            changed += self._read(started_s)
+            running = self.scheduler.running
+            decoding = [one for one in running if not one.is_reading]
+            if len(decoding) < len(running):
+                changed += self._read(started_s)
             if decoding:
                 self._decode(decoding)
                 elapsed_s = self._now_s() - started_s
@@ -122,8 +126,6 @@ class Engine:
     def _read(self, started_s: float) -> list[Decoding]:
         """Read the next block of prompts; returns those that emitted their first token."""
         plan = self.scheduler.plan_reading()
-        if not plan:
-            return []
         batch = Batch(self.target, self._cache, [_sequence(one) for one, _ in plan])
         for sequence in batch.sequences:
             sequence.max_draft = MAX_NODES if self.pace is None or self.pace.is_drafting else 0
@@ -181,11 +183,11 @@ class Engine:
             raise SettingsError(f"token ids of logit_bias and stop_token_ids must be in 0..{vocab_size - 1}, "
                                 f"got {unknown}")  # fmt: skip
 
-    def _now_s(self) -> float:
-        """The clock, once the device has caught up."""
-        if self.target.device.type == "cuda":
-            torch.cuda.synchronize(self.target.device)
-        return time.perf_counter()
+
+def _synchronize(device: torch.device) -> float:
+    """The clock, once the device has caught up."""
+    torch.cuda.synchronize(device)
+    return time.perf_counter()
 
 
 def _sequence(decoding: Decoding) -> Sequence:

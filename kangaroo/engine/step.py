@@ -13,7 +13,7 @@ from torch import Tensor
 from kangaroo.drafters.base import Batch, Drafter, Sequence
 from kangaroo.model.cache import CachedPass
 from kangaroo.model.transformer import Transformer
-from kangaroo.sampling import choose, distribution, logprobs_of, needs_logits
+from kangaroo.sampling import choose, distribution, logprobs_of
 from kangaroo.types import Draft, Outcome
 from kangaroo.verify import Uniforms, reject, verify_block, walk
 
@@ -101,7 +101,7 @@ class _Choices:
     """
 
     def __init__(self, sequences: SequenceOf[Sequence], num_nodes: SequenceOf[int]) -> None:
-        self.wanting = [needs_logits(sequence.request.params) for sequence in sequences]
+        self.wanting = [sequence.needs_logits for sequence in sequences]
         self.ids: list[int] = []
         self._sequences = sequences
         self._num_nodes = num_nodes

@@ -15,8 +15,8 @@ from kangaroo.kernels.reference import quantize
 
 Weight = _native.Weight
 Cache = _native.Cache
-# (sequence, slot of the first node, first node to run, number of rows, parents of all nodes or None for a chain)
-Segment = tuple[int, int, int, int, Sequence[int] | None]
+# (sequence, slot of the first node, number of rows, parents of all nodes or None for a chain, first node to run)
+Segment = tuple[int, int, int, Sequence[int] | None, int]
 
 # What a pass may leave out of a layer, to be added up.
 SKIP_ATTENTION, SKIP_MLP = 1, 2
@@ -105,6 +105,17 @@ HeadPass = tuple[Weight, int, float, float, tuple[int, int, int]]
 Nodes = tuple[list[int], list[int], list[float]]
 
 
+class Tables:
+    """Cosine and sine of S positions, [2, S, 1, E] float32, as the native kernels take them."""
+
+    def __init__(self, tensor: Tensor) -> None:
+        num_positions, self.head_dim = tensor.shape[1], tensor.shape[-1]
+        cosine = _address(tensor, (2, num_positions, 1, self.head_dim))
+        self.described = cosine, cosine + 4 * num_positions * self.head_dim, num_positions
+        # The addresses are good for as long as it lives.
+        self._tensor = tensor
+
+
 class Stack:
     """Packed decoder layers that run as one call over any span of them."""
 
@@ -122,52 +133,55 @@ class Stack:
         given = [norms[name].detach().float().contiguous() if name in norms else None for name in NORMS]
         self._stack.add_layer(list(weights), given, window or 0)
 
-    def run(self, hidden: Tensor, span: tuple[int, int], *, cached: tuple[Cache, Tensor], segments: Sequence[Segment],
+    def run(self, hidden: Tensor, span: tuple[int, int], *, cached: tuple[Cache, Tables], segments: Sequence[Segment],
             taps: Sequence[int] = (), skips: Sequence[int] = ()) -> tuple[Tensor, dict[int, Tensor]]:  # fmt: skip
         """Run layers [i, j) over the states [R, D] that enter layer i; returns those that leave layer j - 1.
 
-        cached: the cache, and cosine and sine [2, S, 1, E]. skips: for every layer of the stack, SKIP_ATTENTION and
-        SKIP_MLP of what is left out. Returns also, for each tap in i..j, the states that enter it.
+        skips: for every layer of the stack, SKIP_ATTENTION and SKIP_MLP of what is left out. Returns also, for each tap
+        in i..j, the states that enter it.
         """
-        (start, stop), shape = span, (sum(segment[3] for segment in segments), self._hidden_size)
+        (start, stop), shape = span, (hidden.shape[0], self._hidden_size)
         out, inner = torch.empty(shape), {tap: torch.empty(shape) for tap in taps if start < tap < stop}
-        addresses = _address(hidden, shape), out.data_ptr()
-        self._stack.run(cached[0], span, segments, addresses, _addresses(inner), self._tables(cached[1]), skips)
+        addresses = _address(hidden, shape), out.data_ptr(), shape[0]
+        self._stack.run(cached[0], span, segments, addresses, _addresses(inner), self._check(cached[1]), skips)
         states = {start: hidden, **inner, stop: out}
         return out, {tap: states[tap] for tap in taps if tap in states}
 
     def decide(
-        self, entering: Tensor | list[int], span: tuple[int, int], *, cached: tuple[Cache, Tensor],
-        segments: Sequence[Segment], taps: Sequence[int], ends: "tuple[Weight, float, Head, Tensor]"
+        self, entering: Tensor | list[int], span: tuple[int, int], *, cached: tuple[Cache, Tables],
+        segments: Sequence[Segment], taps: Sequence[int], ends: "tuple[Weight, float, HeadPass]"
     ) -> tuple[list[int], dict[int, Tensor]]:  # fmt: skip
         """As run(), and in the same call a head's argmax [R], which is returned with the taps.
 
         entering: states [R, D], or R rows of the embedding, which cannot be tapped; ends: the embedding and its scale,
-        the head and its norm [D].
+        and the head, without a place for results.
         """
-        (start, stop), shape = span, (sum(segment[3] for segment in segments), self._hidden_size)
-        embedding, scale, head, norm = ends
-        states, rows = (0, entering) if isinstance(entering, list) else (_address(entering, shape), ())
+        (start, stop), (embedding, scale, head) = span, ends
+        if isinstance(entering, list):
+            shape = len(entering), self._hidden_size
+            states = 0, shape[0], embedding, scale, entering
+        else:
+            shape = entering.shape[0], self._hidden_size
+            states = _address(entering, shape), shape[0], embedding, scale, []
         tapped = {tap: torch.empty(shape) for tap in taps if start < tap <= stop}
-        ids = self._stack.decide(cached[0], span, segments, (states, embedding, scale, rows), _addresses(tapped),
-                                 self._tables(cached[1]), head.describe(norm, (0, 0, 0)))  # fmt: skip
+        ids = self._stack.decide(cached[0], span, segments, states, _addresses(tapped), self._check(cached[1]), head)
         if start in taps and isinstance(entering, Tensor):
             tapped[start] = entering
         return ids, tapped
 
-    def place(self, cache: Cache, tables: Tensor) -> tuple[_native.Stack, Cache, tuple[int, int, int]]:
-        """This stack with a cache and rotary tables, as the native kernels take it."""
-        return self._stack, cache, self._tables(tables)
+    def place(self, cache: Cache, tables: Tables) -> "Place":
+        """This stack with a cache and rotary tables."""
+        return self._stack, cache, self._check(tables)
 
-    def _tables(self, tables: Tensor) -> tuple[int, int, int]:
+    def _check(self, tables: Tables) -> tuple[int, int, int]:
         """Addresses of cosine and sine, and how many positions they cover."""
-        num_positions = tables.shape[1]
-        cosine = _address(tables, (2, num_positions, 1, self._head_dim))
-        return cosine, cosine + 4 * num_positions * self._head_dim, num_positions
+        if tables.head_dim != self._head_dim:
+            raise ValueError(f"the rotary tables must be for heads of {self._head_dim}, got {tables.head_dim}")
+        return tables.described
 
 
-# Where drafting happens: layers, their cache, and rotary tables [2, S, 1, E].
-Place = tuple[Stack, Cache, Tensor]
+# Where drafting happens: native layers, their cache, and rotary tables.
+Place = tuple[_native.Stack, Cache, tuple[int, int, int]]
 
 
 class Head:
@@ -209,18 +223,18 @@ class Head:
         enter layer e.
         """
         embedding, scale, norm = embedding_norm
-        size, max_nodes = self.weight.num_inputs, plan[2]
-        most = [max_nodes if plan[1] > 1 else min(max_nodes, start[6] + 1) for start in starts]
-        states = torch.empty(sum(most), size)
+        size, num_pending = self.weight.num_inputs, pending.shape[0]
+        num_rows = sum([plan[2] if plan[1] > 1 else min(plan[2], start[6] + 1) for start in starts])
+        states = torch.empty(num_rows, size)
         drafted = _native.draft(
-            target[0].place(target[1], target[2]),
-            adapter[0].place(adapter[1], adapter[2]),
+            target,
+            adapter,
             starts,
             plan,
-            (_address(pending, (sum(start[5] for start in starts), size)), states.data_ptr(), len(states)),
+            (_address(pending, (num_pending, size)), num_pending, states.data_ptr(), num_rows),
             (embedding, scale, self.weight, _address(norm, (size,)), self._norm_eps, self._softcap),
         )
-        return drafted, states[: sum(len(tokens) for tokens, _, _ in drafted)]
+        return drafted, states[: sum([len(tokens) for tokens, _, _ in drafted])]
 
     def describe(self, norm: Tensor | None, out: tuple[int, int, int]) -> HeadPass:
         """This head under a norm [D], as the native kernels take it; out: addresses of logits, argmax, confidence."""

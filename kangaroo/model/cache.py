@@ -4,8 +4,8 @@ Shapes: B sequences, R rows of a pass, S visible slots, G key-value heads, H que
 """
 
 from collections.abc import Sequence as SequenceOf
-from dataclasses import dataclass
 from functools import cached_property
+from typing import NamedTuple
 
 import torch
 from torch import Tensor
@@ -83,8 +83,7 @@ def depths_of(parents: SequenceOf[int]) -> list[int]:
     return depths
 
 
-@dataclass(frozen=True)
-class Segment:
+class Segment(NamedTuple):
     """Consecutive rows of one sequence in a packed pass: nodes first_node and on of its draft, or plain tokens.
 
     Node n is written at slot base + n; the slots below base hold committed tokens. parents gives the parent of every
@@ -132,7 +131,10 @@ class CachedPass:
         """Every segment must fit: segment.stop <= cache.num_slots."""
         self.cache = cache
         self.segments = segments
-        self.num_positions = max(segment.stop for segment in segments)
+
+    @property
+    def num_positions(self) -> int:
+        return max(segment.stop for segment in self.segments)
 
     @cached_property
     def positions(self) -> Tensor:

@@ -20,19 +20,25 @@ LINEARS = ("qkv", "output", "gate_up", "down")
 
 
 class PackedCache(KVCache):
-    """A key-value cache in the native kernels' layout."""
+    """A key-value cache in the native kernels' layout, with the rotary tables of all its positions."""
 
-    def __init__(self, config: ModelConfig, num_sequences: int, *, num_slots: int) -> None:
+    def __init__(self, config: ModelConfig, num_sequences: int, *, num_slots: int, rotary: Rotary) -> None:
         self.config = config
         self.device = CPU
-        self.num_slots = num_slots
         self.lengths = [0] * num_sequences
-        self.storage = cpu.Cache(config.num_layers, num_sequences, config.num_kv_heads, num_slots, config.head_dim)
+        self._rotary = rotary
+        self._allocate(num_sequences, num_slots)
+
+    def _allocate(self, num_sequences: int, num_slots: int) -> None:
+        config = self.config
+        storage = cpu.Cache(config.num_layers, num_sequences, config.num_kv_heads, num_slots, config.head_dim)
+        # What a pass is given: the keys and values, and the tables.
+        self.cached = storage, cpu.Tables(self._rotary.tables(num_slots))
+        self.storage, self.num_slots = storage, num_slots
 
     def _grow(self, num_sequences: int, num_slots: int) -> None:
-        config, old = self.config, self.storage
-        self.storage = cpu.Cache(config.num_layers, num_sequences, config.num_kv_heads, num_slots, config.head_dim)
-        self.num_slots = num_slots
+        old = self.storage
+        self._allocate(num_sequences, num_slots)
         for sequence, length in enumerate(self.lengths):
             self.storage.copy(old, sequence, length)
 
@@ -71,33 +77,26 @@ class PackedStack:
     def run(self, hidden: Tensor, span: tuple[int, int], *, attention: AttentionPass, taps: Sequence[int] = (),
             skips: SkippedSublayers = NO_SKIPS) -> tuple[Tensor, dict[int, Tensor]]:  # fmt: skip
         """Run layers [i, j) over states [R, D]; returns what leaves them, and the tapped states."""
-        cached, segments = self._locate(attention)
-        described = [] if skips is NO_SKIPS else _describe_skips(skips, self._config.num_layers)
+        cached, segments = _locate(attention)
+        described = [] if skips is NO_SKIPS else _describe(skips, self._config.num_layers)
         return self._stack.run(hidden, span, cached=cached, segments=segments, taps=taps, skips=described)
 
     def decide(
         self, entering: Tensor | list[int], span: tuple[int, int], *, attention: AttentionPass, taps: Sequence[int],
-        ends: tuple[cpu.Weight, float, cpu.Head, Tensor]
+        ends: tuple[cpu.Weight, float, cpu.HeadPass]
     ) -> tuple[list[int], dict[int, Tensor]]:  # fmt: skip
         """An embedding, layers [i, j) and a head as one call: its argmax [R] and the tapped states."""
-        cached, segments = self._locate(attention)
+        cached, segments = _locate(attention)
         return self._stack.decide(entering, span, cached=cached, segments=segments, taps=taps, ends=ends)
 
-    def _locate(self, attention: AttentionPass) -> tuple[tuple[cpu.Cache, Tensor], list[cpu.Segment]]:
-        """Cache, rotary tables and segments of a pass, as the native kernels take them."""
-        assert isinstance(attention, CachedPass), "packed weights decode from a cache; train on the reference kernels"
-        assert isinstance(attention.cache, PackedCache), "the cache of another backend"
-        cached = attention.cache.storage, self._rotary.tables(attention.num_positions)
-        return cached, [describe(segment) for segment in attention.segments]
-
-    def place(self, cache: KVCache, num_positions: int) -> cpu.Place:
-        """These layers with a cache and rotary tables of so many positions."""
+    def place(self, cache: KVCache) -> cpu.Place:
+        """These layers with a cache of theirs."""
         assert isinstance(cache, PackedCache), "the cache of another backend"
-        return self._stack, cache.storage, self._rotary.tables(num_positions)
+        return self._stack.place(*cache.cached)
 
     def new_cache(self, num_sequences: int, num_slots: int) -> PackedCache:
         """An empty cache for these layers."""
-        return PackedCache(self._config, num_sequences, num_slots=num_slots)
+        return PackedCache(self._config, num_sequences, num_slots=num_slots, rotary=self._rotary)
 
 
 class PackedTransformer(Transformer):
@@ -127,6 +126,7 @@ class PackedTransformer(Transformer):
         super().__init__(config, shapes, embedding=meta, final_norm=final_norm,
                          head=meta if head is embedding else head.to("meta"))  # fmt: skip
         self.storage = storage
+        self._ends = self._embedding, config.embedding_scale, self._head.describe(final_norm, (0, 0, 0))
 
     @property
     def device(self) -> torch.device:
@@ -156,8 +156,7 @@ class PackedTransformer(Transformer):
         """Embedding, layers [i, L) and head in one call; as Transformer.decide."""
         if span[0] in taps and isinstance(entering, list):
             entering = self.embed(entering)
-        ends = self._embedding, self.config.embedding_scale, self._head, self.final_norm
-        return self._stack.decide(entering, span, attention=attention, taps=taps, ends=ends)
+        return self._stack.decide(entering, span, attention=attention, taps=taps, ends=self._ends)
 
     def logits(self, hidden: Tensor, norm: Tensor | None = None) -> Tensor:
         """Next-token logits [R, V] of hidden states [R, D] under a norm [D], the final one unless given."""
@@ -183,10 +182,9 @@ class PackedTransformer(Transformer):
 
         head: the model whose head guesses, and the norm [D] before it.
         """
-        num_more = min(plan[2], 1 + max(start[6] for start in starts)) if plan[1] == 1 else plan[2]
         return head[0]._head.draft(
-            self._stack.place(caches[0], max(start[1] for start in starts) + num_more),
-            adapter.place(caches[1], max(start[3] + start[5] for start in starts) + num_more),
+            self._stack.place(caches[0]),
+            adapter.place(caches[1]),
             starts=starts,
             plan=plan,
             pending=pending,
@@ -200,12 +198,14 @@ def pack(model: Transformer, storage: str = "float32") -> PackedTransformer:
                              head=model.head, storage=storage)  # fmt: skip
 
 
-def describe(segment: Segment) -> cpu.Segment:
-    """A segment as the native kernels take it."""
-    return segment.sequence, segment.base, segment.first_node, segment.num_rows, segment.parents
+def _locate(attention: AttentionPass) -> tuple[tuple[cpu.Cache, cpu.Tables], list[Segment]]:
+    """Cache, rotary tables and segments of a pass, as the native kernels take them."""
+    assert isinstance(attention, CachedPass), "packed weights decode from a cache; train on the reference kernels"
+    assert isinstance(attention.cache, PackedCache), "the cache of another backend"
+    return attention.cache.cached, attention.segments
 
 
-def _describe_skips(skips: SkippedSublayers, num_layers: int) -> list[int]:
+def _describe(skips: SkippedSublayers, num_layers: int) -> list[int]:
     """What is left out of every layer, as the native kernels take it."""
     return [
         cpu.SKIP_ATTENTION * (layer in skips.attention) + cpu.SKIP_MLP * (layer in skips.mlp)

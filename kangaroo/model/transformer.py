@@ -25,7 +25,8 @@ class AttentionPass(Protocol):
     positions: [...] int64 on the device, all below num_positions, which the host knows.
     """
 
-    num_positions: int
+    @property
+    def num_positions(self) -> int: ...
 
     @property
     def positions(self) -> Tensor: ...

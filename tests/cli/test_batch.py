@@ -198,7 +198,7 @@ def test_request_that_fails_while_decoded_is_told_and_the_others_go_on(
     generate: Generate, output: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     def choose_or_fail(logits: Tensor, params: SamplingParams, *, prefix: Prefix, drafted: Sequence[int]) -> int:
-        if params.top_k == 7 and prefix.num_new_tokens == 3:
+        if params.top_k == 7 and prefix.num_tokens - prefix.num_prompt_tokens == 3:
             raise ArithmeticError("no number")
         return choose(logits, params, prefix=prefix, drafted=drafted)
 

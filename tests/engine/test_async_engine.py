@@ -291,7 +291,7 @@ def test_error_of_one_request_is_its_own_alone(
     texts = [expected(target, REQUESTS[1]), expected(target, REQUESTS[3])]
 
     def choose_or_fail(logits: Tensor, params: SamplingParams, *, prefix: Prefix, drafted: SequenceOf[int]) -> int:
-        if params.repetition_penalty != 1 and prefix.num_new_tokens == 4:
+        if params.repetition_penalty != 1 and prefix.num_tokens - prefix.num_prompt_tokens == 4:
             raise ArithmeticError("of this request")
         return choose(logits, params, prefix=prefix, drafted=drafted)
 

@@ -114,7 +114,7 @@ def full_logits(target: Transformer, tokens: SequenceOf[int]) -> Tensor:
 
 def score(logits: Tensor, request: Request, new_tokens: SequenceOf[int]) -> Tensor:
     """The scores [V] whose largest is chosen behind the prompt and new_tokens: processed logits [V] and noise."""
-    prefix, params = Prefix(request.prompt_ids, stop_ids=request.stop_ids), request.params
+    prefix, params = Prefix(list(request.prompt_ids), stop_ids=request.stop_ids), request.params
     scores = process(logits, params, prefix=prefix, drafted=new_tokens)
     if params.temperature:
         position = len(request.prompt_ids) + len(new_tokens) - 1

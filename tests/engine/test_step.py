@@ -250,6 +250,7 @@ def test_error_in_one_sequence_leaves_the_others_their_step(monkeypatch: pytest.
     commit(batch, read(batch, drafter))
     second = batch.sequences[1]
     second.request = Request(second.request.prompt_ids, SamplingParams(temperature=1.0, seed=1))
+    second.needs_logits = True
     monkeypatch.setattr("kangaroo.engine.step.choose", lambda logits, params, **others: (
         failing() if params.temperature else int(logits.argmax())
     ))  # fmt: skip

@@ -268,14 +268,14 @@ class SmallStack:
 
     def run(self, hidden: torch.Tensor, cache: Any, *segments: Any, **options: Any) -> torch.Tensor:
         arguments = {"span": (0, self.num_layers), "tables": self.tables} | options
-        cached = (cache, arguments.pop("tables"))
+        cached = (cache, cpu.Tables(arguments.pop("tables")))
         return self.stack.run(hidden, arguments.pop("span"), cached=cached, segments=segments, **arguments)[0]
 
 
 def one_by_one(small: SmallStack, hidden: torch.Tensor) -> torch.Tensor:
     """Plain decoding: every row alone, after those before it."""
     cache = small.cache()
-    return torch.cat([small.run(hidden[t : t + 1], cache, (0, t, 0, 1, None)) for t in range(len(hidden))])
+    return torch.cat([small.run(hidden[t : t + 1], cache, (0, t, 1, None, 0)) for t in range(len(hidden))])
 
 
 @pytest.mark.parametrize("options", [{}, {"window": 3}, {"softcap": 0.5}, {"inner": None, "num_layers": 1}])
@@ -284,12 +284,12 @@ def test_stack_gives_a_chain_the_states_of_plain_decoding(storage: str, options:
     small = SmallStack(storage=storage, **options)
     hidden = noise(32, 20)
     plain = one_by_one(small, hidden)
-    assert torch.equal(small.run(hidden, small.cache(), (0, 0, 0, 32, None)), plain)
+    assert torch.equal(small.run(hidden, small.cache(), (0, 0, 32, None, 0)), plain)
     for num_threads in (2, 3, 5):
         with threads(num_threads):
             cache = small.cache()
-            assert torch.equal(small.run(hidden[:31], cache, (0, 0, 0, 31, None)), plain[:31])
-            assert torch.equal(small.run(hidden[31:], cache, (0, 31, 0, 1, None)), plain[31:])
+            assert torch.equal(small.run(hidden[:31], cache, (0, 0, 31, None, 0)), plain[:31])
+            assert torch.equal(small.run(hidden[31:], cache, (0, 31, 1, None, 0)), plain[31:])
 
 
 @pytest.mark.parametrize("window", [None, 2, 4])
@@ -297,17 +297,17 @@ def test_nodes_of_a_draft_may_be_run_in_several_passes(window: int | None) -> No
     small, hidden, parents = SmallStack(window=window), noise(9, 20), [-1, 0, 0, 1, 2, 4, 1, 6, -1]
     prompt, whole, parts = noise(5, 20, seed=1), small.cache(), small.cache()
     for cache in (whole, parts):
-        small.run(prompt, cache, (0, 0, 0, 5, None))
-    expected = small.run(hidden, whole, (0, 5, 0, 9, parents))
-    pieces = [small.run(hidden[a:b], parts, (0, 5, a, b - a, parents[:b])) for a, b in ((0, 1), (1, 2), (2, 6), (6, 9))]
+        small.run(prompt, cache, (0, 0, 5, None, 0))
+    expected = small.run(hidden, whole, (0, 5, 9, parents, 0))
+    pieces = [small.run(hidden[a:b], parts, (0, 5, b - a, parents[:b], a)) for a, b in ((0, 1), (1, 2), (2, 6), (6, 9))]
     assert torch.equal(torch.cat(pieces), expected)
-    chain = [small.run(hidden[a:b], parts, (0, 5, a, b - a, None)) for a, b in ((0, 4), (4, 5), (5, 9))]
-    assert torch.equal(torch.cat(chain), small.run(hidden, whole, (0, 5, 0, 9, None)))
+    chain = [small.run(hidden[a:b], parts, (0, 5, b - a, None, a)) for a, b in ((0, 4), (4, 5), (5, 9))]
+    assert torch.equal(torch.cat(chain), small.run(hidden, whole, (0, 5, 9, None, 0)))
 
 
 def test_two_segments_of_one_sequence_may_follow_each_other_in_a_pass() -> None:
     small, hidden = SmallStack(), noise(11, 20)
-    out = small.run(hidden, small.cache(), (0, 0, 0, 4, None), (0, 4, 0, 7, None))
+    out = small.run(hidden, small.cache(), (0, 0, 4, None, 0), (0, 4, 7, None, 0))
     assert torch.equal(out, one_by_one(small, hidden))
 
 
@@ -318,20 +318,20 @@ def test_bad_rows_leave_other_sequences_branches_and_later_passes_alone(bad: flo
     dirty[[1, 4, 9]] = bad
     parents = [-1, 0, 0, 2, 1, 3]
     clean_cache, dirty_cache = small.cache(2), small.cache(2)
-    segments = ((0, 0, 0, 6, parents), (1, 0, 0, 6, None))
+    segments = ((0, 0, 6, parents, 0), (1, 0, 6, None, 0))
     clean, out = small.run(hidden, clean_cache, *segments), small.run(dirty, dirty_cache, *segments)
     kept = [0, 2, 3, 5, 6, 7, 8]
     assert torch.equal(out[kept], clean[kept])
     assert not torch.equal(out[[1, 4, 9, 10]], clean[[1, 4, 9, 10]])
     # What was refused lies behind the committed slots until the next pass writes there.
     again = noise(3, 20, seed=2)
-    for segment in ((0, 1, 0, 3, None), (1, 3, 0, 3, [-1, -1, 0])):
+    for segment in ((0, 1, 3, None, 0), (1, 3, 3, [-1, -1, 0], 0)):
         assert torch.equal(small.run(again, dirty_cache, segment), small.run(again, clean_cache, segment))
 
 
 def test_stack_reports_the_states_that_enter_each_tapped_layer() -> None:
     small, hidden = SmallStack(num_layers=4), noise(5, 20)
-    call = {"segments": [(0, 0, 0, 5, None)], "cached": (small.cache(), small.tables)}
+    call = {"segments": [(0, 0, 5, None, 0)], "cached": (small.cache(), cpu.Tables(small.tables))}
     out, taps = small.stack.run(hidden, (0, 4), taps=(0, 1, 3, 4, 9), **call)
     assert sorted(taps) == [0, 1, 3, 4]
     assert torch.equal(taps[0], hidden)
@@ -346,7 +346,7 @@ def test_stack_reports_the_states_that_enter_each_tapped_layer() -> None:
 def test_states_that_enter_are_left_as_they_are(skips: list[int]) -> None:
     small, hidden = SmallStack(num_layers=3), noise(5, 20)
     before = hidden.clone()
-    small.run(hidden, small.cache(), (0, 0, 0, 5, None), skips=skips)
+    small.run(hidden, small.cache(), (0, 0, 5, None, 0), skips=skips)
     assert torch.equal(hidden, before)
 
 
@@ -355,17 +355,17 @@ def test_a_stack_without_some_sublayers_gives_a_row_the_same_whatever_runs_besid
     # More rows than a thread norms for itself, so that they share a buffer.
     small, hidden = SmallStack(), noise(40, 20)
     cache = small.cache(num_slots=48)
-    plain = torch.cat([small.run(hidden[t : t + 1], cache, (0, t, 0, 1, None), skips=skips) for t in range(40)])
+    plain = torch.cat([small.run(hidden[t : t + 1], cache, (0, t, 1, None, 0), skips=skips) for t in range(40)])
     for num_threads in (1, 2, 3):
         with threads(num_threads):
             cache = small.cache(num_slots=48)
-            assert torch.equal(small.run(hidden, cache, (0, 0, 0, 40, None), skips=skips), plain)
-            assert torch.equal(small.run(hidden[30:], cache, (0, 30, 0, 10, None), skips=skips), plain[30:])
+            assert torch.equal(small.run(hidden, cache, (0, 0, 40, None, 0), skips=skips), plain)
+            assert torch.equal(small.run(hidden[30:], cache, (0, 30, 10, None, 0), skips=skips), plain[30:])
 
 
 def test_states_pass_a_layer_that_is_skipped_whole_and_are_tapped_behind_it() -> None:
     small, hidden = SmallStack(num_layers=3), noise(5, 20)
-    call = {"segments": [(0, 0, 0, 5, None)], "cached": (small.cache(), small.tables)}
+    call = {"segments": [(0, 0, 5, None, 0)], "cached": (small.cache(), cpu.Tables(small.tables))}
     out, taps = small.stack.run(hidden, (0, 3), taps=(1, 2, 3), skips=[3, 0, 3], **call)
     assert torch.equal(taps[1], hidden)
     assert torch.equal(taps[2], small.stack.run(hidden, (1, 2), **call)[0])
@@ -377,17 +377,17 @@ def test_a_skipped_attention_writes_no_keys_and_values() -> None:
     small, prompt, more = SmallStack(), noise(5, 20), noise(1, 20, seed=1)
     untouched, cache = small.cache(), small.cache()
     for one in (untouched, cache):
-        small.run(prompt, one, (0, 0, 0, 5, None))
-    small.run(noise(5, 20, seed=2), cache, (0, 0, 0, 5, None), skips=[1, 3])
-    expected = small.run(more, untouched, (0, 5, 0, 1, None))
-    assert torch.equal(small.run(more, cache, (0, 5, 0, 1, None)), expected)
-    small.run(noise(5, 20, seed=2), cache, (0, 0, 0, 5, None), skips=[2, 1])
-    assert not torch.equal(small.run(more, cache, (0, 5, 0, 1, None)), expected)
+        small.run(prompt, one, (0, 0, 5, None, 0))
+    small.run(noise(5, 20, seed=2), cache, (0, 0, 5, None, 0), skips=[1, 3])
+    expected = small.run(more, untouched, (0, 5, 1, None, 0))
+    assert torch.equal(small.run(more, cache, (0, 5, 1, None, 0)), expected)
+    small.run(noise(5, 20, seed=2), cache, (0, 0, 5, None, 0), skips=[2, 1])
+    assert not torch.equal(small.run(more, cache, (0, 5, 1, None, 0)), expected)
 
 
 def test_skips_of_another_number_of_layers_are_refused() -> None:
     small = SmallStack()
-    refused(lambda: small.run(noise(1, 20), small.cache(), (0, 0, 0, 1, None), skips=[1]), "every layer or none")
+    refused(lambda: small.run(noise(1, 20), small.cache(), (0, 0, 1, None, 0), skips=[1]), "every layer or none")
 
 
 # Arguments that do not fit
@@ -416,7 +416,7 @@ def test_norms_and_tables_of_another_form_are_refused() -> None:
     refused(lambda: head.logits(noise(2, 3), torch.ones(4)), "contiguous float32")
     small = SmallStack()
     for tables in (small.tables[:1], small.tables[..., :4], small.tables.double(), small.tables.transpose(1, 2)):
-        refused(lambda tables=tables: small.run(noise(1, 20), small.cache(), (0, 0, 0, 1, None), tables=tables))
+        refused(lambda tables=tables: small.run(noise(1, 20), small.cache(), (0, 0, 1, None, 0), tables=tables))
 
 
 def test_passes_without_rows_are_refused() -> None:
@@ -452,19 +452,19 @@ def test_row_ids_outside_a_weight_are_refused() -> None:
 
 
 SEGMENTS = {
-    "unknown sequence": (1, 0, 0, 2, None),
-    "no rows": (0, 0, 0, 0, None),
-    "too long a chain": (0, 31, 0, 2, None),
-    "beyond the cache": (0, 32, 0, 2, None),
-    "first node beyond the cache": (0, 30, 1, 2, None),
-    "overflowing base": (0, 2**64 - 1, 0, 2, None),
-    "overflowing node": (0, 2, 2**64 - 1, 2, None),
-    "too few parents": (0, 0, 0, 2, [-1]),
-    "too many parents": (0, 0, 0, 2, [-1, 0, 1]),
-    "parent below minus one": (0, 0, 0, 2, [-1, -2]),
-    "parent of itself": (0, 0, 0, 2, [-1, 1]),
-    "later parent": (0, 0, 0, 2, [1, -1]),
-    "parents of the new nodes alone": (0, 0, 2, 2, [-1, 0]),
+    "unknown sequence": (1, 0, 2, None, 0),
+    "no rows": (0, 0, 0, None, 0),
+    "too long a chain": (0, 31, 2, None, 0),
+    "beyond the cache": (0, 32, 2, None, 0),
+    "first node beyond the cache": (0, 30, 2, None, 1),
+    "overflowing base": (0, 2**64 - 1, 2, None, 0),
+    "overflowing node": (0, 2, 2, None, 2**64 - 1),
+    "too few parents": (0, 0, 2, [-1], 0),
+    "too many parents": (0, 0, 2, [-1, 0, 1], 0),
+    "parent below minus one": (0, 0, 2, [-1, -2], 0),
+    "parent of itself": (0, 0, 2, [-1, 1], 0),
+    "later parent": (0, 0, 2, [1, -1], 0),
+    "parents of the new nodes alone": (0, 0, 2, [-1, 0], 2),
 }
 
 
@@ -476,27 +476,27 @@ def test_segments_that_fit_no_cache_or_tree_are_refused(segment: Any) -> None:
 
 def test_states_must_be_as_many_as_the_segments_rows() -> None:
     small = SmallStack()
-    refused(lambda: small.run(noise(3, 20), small.cache(), (0, 0, 0, 2, None)), "contiguous float32")
-    refused(lambda: small.run(noise(1, 20), small.cache(), (0, 0, 0, 2, None)), "contiguous float32")
+    refused(lambda: small.run(noise(3, 20), small.cache(), (0, 0, 2, None, 0)), "every row needs a state")
+    refused(lambda: small.run(noise(1, 20), small.cache(), (0, 0, 2, None, 0)), "every row needs a state")
 
 
 def test_positions_beyond_the_rotary_tables_are_refused() -> None:
     small = SmallStack()
     tables = small.tables[:, :4].contiguous()
-    refused(lambda: small.run(noise(2, 20), small.cache(), (0, 3, 0, 2, None), tables=tables), "rotary")
-    small.run(noise(2, 20), small.cache(), (0, 3, 0, 2, [-1, -1]), tables=tables)
+    refused(lambda: small.run(noise(2, 20), small.cache(), (0, 3, 2, None, 0), tables=tables), "rotary")
+    small.run(noise(2, 20), small.cache(), (0, 3, 2, [-1, -1], 0), tables=tables)
 
 
 @pytest.mark.parametrize("span", [(0, 0), (1, 1), (1, 0), (0, 3), (2, 3)])
 def test_spans_of_no_layers_are_refused(span: tuple[int, int]) -> None:
     small = SmallStack()
-    refused(lambda: small.run(noise(1, 20), small.cache(), (0, 0, 0, 1, None), span=span), "span")
+    refused(lambda: small.run(noise(1, 20), small.cache(), (0, 0, 1, None, 0), span=span), "span")
 
 
 @pytest.mark.parametrize("sizes", [(3, 1, 1, 6), (2, 1, 2, 6), (2, 1, 1, 8)], ids=["layers", "heads", "head size"])
 def test_caches_of_other_layers_are_refused(sizes: tuple[int, int, int, int]) -> None:
     cache = cpu.Cache(*sizes[:3], 32, sizes[3])
-    refused(lambda: SmallStack().run(noise(1, 20), cache, (0, 0, 0, 1, None)), "cache")
+    refused(lambda: SmallStack().run(noise(1, 20), cache, (0, 0, 1, None, 0)), "cache")
 
 
 @pytest.mark.parametrize("call", [(1, 0, [1]), (0, 31, [1]), (0, 0, [1, 0]), (0, 0, [0, 0]), (0, 2**64 - 1, [2])],
@@ -511,14 +511,14 @@ def test_copied_slots_are_read_as_the_originals(num_slots: int, num_held: int, m
     small, num_held = SmallStack(), min(num_held, num_slots)
     held, other = small.cache(3, num_slots), small.cache(4, num_slots + more + 1)
     if num_held:
-        small.run(noise(num_held, 20, seed=1), held, (sequence, 0, 0, num_held, None))
+        small.run(noise(num_held, 20, seed=1), held, (sequence, 0, num_held, None, 0))
         # What the place held before does not show through.
-        small.run(noise(num_held, 20, seed=2), other, (sequence, 0, 0, num_held, None))
+        small.run(noise(num_held, 20, seed=2), other, (sequence, 0, num_held, None, 0))
     other.copy(held, sequence, num_held)
     roomy = small.cache(3, num_slots + more + 1)
     if num_held:
-        small.run(noise(num_held, 20, seed=1), roomy, (sequence, 0, 0, num_held, None))
-    after = noise(1, 20, seed=3), (sequence, num_held, 0, 1, None)
+        small.run(noise(num_held, 20, seed=1), roomy, (sequence, 0, num_held, None, 0))
+    after = noise(1, 20, seed=3), (sequence, num_held, 1, None, 0)
     assert torch.equal(small.run(after[0], other, after[1]), small.run(after[0], roomy, after[1]))
 
 
@@ -576,14 +576,14 @@ def test_layers_that_do_not_fit_their_stack_are_refused() -> None:
 
 def test_a_stack_runs_on_after_refusing_a_layer() -> None:
     small, hidden = SmallStack(), noise(3, 20)
-    expected = small.run(hidden, small.cache(), (0, 0, 0, 3, None))
+    expected = small.run(hidden, small.cache(), (0, 0, 3, None, 0))
     shapes = ((24, 20), (20, 12), (46, 20), (20, 23))
     weights = [cpu.pack(noise(*shape), storage="float32", paired=shape[0] == 46) for shape in shapes]
     with pytest.raises(ValueError, match="norm is missing"):
         small.stack.add_layer(weights, {"input_norm": torch.ones(20)}, window=None)
     # What is multiplied after the last layer must not be what was refused, and is gone.
     del weights
-    assert torch.equal(small.run(hidden, small.cache(), (0, 0, 0, 3, None)), expected)
+    assert torch.equal(small.run(hidden, small.cache(), (0, 0, 3, None, 0)), expected)
 
 
 # Embedding, layers and head in one call
@@ -600,18 +600,24 @@ class SmallModel(SmallStack):
         self.norm = noise(20, seed=72)
 
     def decide(self, entering: Any, segment: Any, *, taps: Any = (), **parts: Any) -> Any:
-        ends = parts.get("embedding", self.embedding), self.scale, parts.get("head", self.head), self.norm
+        ends = (
+            parts.get("embedding", self.embedding),
+            self.scale,
+            parts.get("head", self.head).describe(self.norm, (0, 0, 0)),
+        )
         span = 0, self.num_layers
-        cached = self.cache(), self.tables
+        cached = self.cache(), cpu.Tables(self.tables)
         return self.stack.decide(entering, span, cached=cached, segments=(segment,), taps=taps, ends=ends)
 
 
 @pytest.mark.parametrize("storage", STORAGES)
 @pytest.mark.parametrize("scale", [1.0, 2.5])
 def test_tokens_are_decided_as_their_states_are_run(storage: str, scale: float) -> None:
-    small, tokens, segment = SmallModel(scale=scale, storage=storage), [7, 0, 29, 7], (0, 0, 0, 4, None)
+    small, tokens, segment = SmallModel(scale=scale, storage=storage), [7, 0, 29, 7], (0, 0, 4, None, 0)
     states = cpu.gather(small.embedding, tokens) * scale
-    out, tapped = small.stack.run(states, (0, 2), cached=(small.cache(), small.tables), segments=(segment,), taps=(1,))
+    out, tapped = small.stack.run(
+        states, (0, 2), cached=(small.cache(), cpu.Tables(small.tables)), segments=(segment,), taps=(1,)
+    )
     expected = small.head.argmax(out, small.norm).tolist()
     ids, inner = small.decide(tokens, segment, taps=(1, 2))
     assert ids == expected
@@ -623,9 +629,9 @@ def test_tokens_are_decided_as_their_states_are_run(storage: str, scale: float) 
 
 
 def test_what_does_not_fit_the_stack_is_not_decided() -> None:
-    small, segment = SmallModel(), (0, 0, 0, 2, None)
+    small, segment = SmallModel(), (0, 0, 2, None, 0)
     for tokens in ([1], [1, 2, 3], []):
-        refused(lambda tokens=tokens: small.decide(tokens, segment), "every row needs a token")
+        refused(lambda tokens=tokens: small.decide(tokens, segment), "every row needs a state")
     refused(lambda: small.decide([1, 30], segment), "row ids must be below")
     refused(lambda: small.decide(noise(2, 19), segment))
     narrow = cpu.pack(noise(30, 19), storage="float32")
@@ -653,11 +659,11 @@ def test_values_do_not_depend_on_a_threads_floating_point_mode() -> None:
     assert (expected > 0).all()
     small = SmallModel(scale=1e-30)
     small.embedding = cpu.pack(torch.full((30, 20), 1e-10) * noise(30, 20).sign(), storage="float32")
-    ids, inner = small.decide([1, 2, 3], (0, 0, 0, 3, None), taps=(1,))
+    ids, inner = small.decide([1, 2, 3], (0, 0, 3, None, 0), taps=(1,))
     flushes = torch.set_flush_denormal(True)
     try:
         assert torch.equal(cpu.linear(hidden, weight), expected)
-        again, found = small.decide([1, 2, 3], (0, 0, 0, 3, None), taps=(1,))
+        again, found = small.decide([1, 2, 3], (0, 0, 3, None, 0), taps=(1,))
         assert again == ids
         assert torch.equal(found[1], inner[1])
     finally:

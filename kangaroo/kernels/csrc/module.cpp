@@ -26,8 +26,8 @@ namespace {
 
 using Matrix = nb::ndarray<nb::ro, nb::ndim<2>, nb::c_contig, nb::device::cpu>;
 using Vector = nb::ndarray<const float, nb::ndim<1>, nb::c_contig, nb::device::cpu>;
-// (sequence, base, first node, number of rows, parents of the nodes or None for a chain)
-using SegmentArgument = std::tuple<size_t, size_t, size_t, size_t, std::optional<std::vector<int32_t>>>;
+// (sequence, base, number of rows, parents of the nodes or None for a chain, first node)
+using SegmentArgument = std::tuple<size_t, size_t, size_t, std::optional<std::vector<int32_t>>, size_t>;
 
 // Addresses of cosine and sine [num_positions, E], and num_positions.
 using Tables = std::tuple<uintptr_t, uintptr_t, size_t>;
@@ -45,7 +45,7 @@ Workspace& workspace() {
   return *made;
 }
 
-void require(bool holds, const std::string& message) {
+void require(bool holds, const char* message) {
   if (!holds) throw std::invalid_argument(message);
 }
 
@@ -142,7 +142,7 @@ void gather(const Weight& weight, const std::vector<size_t>& rows, uintptr_t out
 
 std::vector<float> copy(const std::optional<Vector>& values, size_t size, const char* name) {
   if (!values) return {};
-  require(values->shape(0) == size, std::string(name) + " must have " + std::to_string(size) + " numbers");
+  require(values->shape(0) == size, (std::string(name) + " must have " + std::to_string(size) + " numbers").c_str());
   return std::vector<float>(values->data(), values->data() + size);
 }
 
@@ -198,7 +198,7 @@ struct Stack {
 };
 
 void add_rows(Pass& pass, const SegmentArgument& argument, size_t num_positions) {
-  const auto& [sequence, base, first_node, num_rows, parents] = argument;
+  const auto& [sequence, base, num_rows, parents, first_node] = argument;
   const size_t slots = pass.cache->num_slots, last = first_node + num_rows;
   require(sequence < pass.cache->num_sequences, "the cache has no such sequence");
   // No sum that could overflow.
@@ -223,6 +223,8 @@ void add_rows(Pass& pass, const SegmentArgument& argument, size_t num_positions)
   }
   pass.segments.push_back(std::move(segment));
 }
+
+const char* const kOneStateEach = "every row needs a state";
 
 // A pass over a span of a stack's layers, still without rows.
 Pass make_pass(const Stack& stack, const Cache& cache, std::pair<size_t, size_t> span, const Tables& tables) {
@@ -274,16 +276,17 @@ Pass make_pass(const Stack& stack, const Cache& cache, std::pair<size_t, size_t>
   return pass;
 }
 
-// hidden and out: [R, D]; skips: of every layer of the stack, or empty.
+// hidden_out: addresses of both [R, D], and R; skips: of every layer of the stack, or empty.
 void run(const Stack& stack, const Cache& cache, std::pair<size_t, size_t> span,
-         const std::vector<SegmentArgument>& segments, std::pair<uintptr_t, uintptr_t> hidden_out,
+         const std::vector<SegmentArgument>& segments, std::tuple<uintptr_t, uintptr_t, size_t> hidden_out,
          const std::vector<std::pair<size_t, uintptr_t>>& taps, const Tables& tables,
          const std::vector<uint8_t>& skips) {
   require(skips.empty() || skips.size() == stack.layers.size(), "skips must be given for every layer or none");
   Pass pass = make_pass(stack, cache, span, segments, taps, tables);
+  require(pass.num_rows == std::get<2>(hidden_out), kOneStateEach);
   pass.skips = skips;
-  pass.hidden = at<const float>(hidden_out.first);
-  pass.out = at<float>(hidden_out.second);
+  pass.hidden = at<const float>(std::get<0>(hidden_out));
+  pass.out = at<float>(std::get<1>(hidden_out));
   nb::gil_scoped_release released;
   std::lock_guard<std::mutex> lock(pass_mutex);
   workspace().reset();
@@ -291,17 +294,18 @@ void run(const Stack& stack, const Cache& cache, std::pair<size_t, size_t> span,
   Pool::instance().run([&](Team& team) { active_kernels->run_span(pass, team); });
 }
 
-// What enters a pass: the address of states [R, D], or 0, and then the rows of an embedding, times its scale.
-using Entering = std::tuple<uintptr_t, const Weight&, float, std::vector<size_t>>;
+// What enters a pass: the address of states [R, D] or 0, R, and then the rows of an embedding, times its scale.
+using Entering = std::tuple<uintptr_t, size_t, const Weight&, float, std::vector<size_t>>;
 
 // The head's argmax behind every row.
 std::vector<int64_t> decide(const Stack& stack, const Cache& cache, std::pair<size_t, size_t> span,
                             const std::vector<SegmentArgument>& segments, const Entering& entering,
                             const std::vector<std::pair<size_t, uintptr_t>>& taps, const Tables& tables,
                             const HeadArgument& head) {
-  const auto& [address, embedding, scale, tokens] = entering;
+  const auto& [address, num_states, embedding, scale, tokens] = entering;
   const size_t size = stack.shape.hidden_size;
   Pass pass = make_pass(stack, cache, span, segments, taps, tables);
+  require(pass.num_rows == num_states, kOneStateEach);
   if (!address) {
     require(tokens.size() == pass.num_rows && embedding.num_inputs == size, "every row needs a token to embed");
     check_rows(embedding, tokens);
@@ -513,7 +517,7 @@ class Drafting {
     for (Tree& tree : trees) {
       const size_t count = tree.num_nodes() - tree.level;
       if (count == 0 || tree.depth != depth_) continue;
-      add_rows(shallow_, {tree.slot, tree.base, tree.level, count, tree.parents_of(tree.num_nodes())},
+      add_rows(shallow_, {tree.slot, tree.base, count, tree.parents_of(tree.num_nodes()), tree.level},
                std::get<2>(tables));
       level_.push_back(&tree);
     }
@@ -549,13 +553,13 @@ class Drafting {
         const float* pending = pending_;
         pending_ += tree->num_pending * size_;
         if (count == 0) continue;
-        add_rows(adapter_pass_, {tree->adapter_slot, tree->adapter_base, 0, tree->num_pending + 1, std::nullopt},
+        add_rows(adapter_pass_, {tree->adapter_slot, tree->adapter_base, tree->num_pending + 1, std::nullopt, 0},
                  std::get<2>(tables));
         fresh_.insert(fresh_.end(), pending, pending_);
         tree->adapter_base += tree->num_pending;
       } else if (count > 0) {
         add_rows(adapter_pass_,
-                 {tree->adapter_slot, tree->adapter_base, tree->level, count, tree->parents_of(tree->frontier_end)},
+                 {tree->adapter_slot, tree->adapter_base, count, tree->parents_of(tree->frontier_end), tree->level},
                  std::get<2>(tables));
       }
       if (count == 0) continue;
@@ -702,15 +706,15 @@ class Drafting {
   std::vector<std::vector<std::pair<int64_t, float>>> ranked_;
 };
 
-// pending_states: addresses of the states [P, D] the adapter has not seen and of room for those of every node that
-// leave layer exit_layer, written sequence by sequence, and how many rows that room has. plan: exit layer, siblings,
+// pending_states: address of the states [P, D] the adapter has not seen, and P; address of room for those of every node
+// that leave layer exit_layer, written sequence by sequence, and how many rows that room has. plan: exit layer, siblings,
 // most nodes, threshold, prices of a branch and of a chain. Returns the nodes of every sequence.
 std::vector<Nodes> draft(const Place& target, const Place& adapter, const std::vector<Start>& starts,
                          std::tuple<size_t, size_t, size_t, float, double, double> plan,
-                         std::tuple<uintptr_t, uintptr_t, size_t> pending_states,
+                         std::tuple<uintptr_t, size_t, uintptr_t, size_t> pending_states,
                          std::tuple<const Weight&, float, const Weight&, uintptr_t, float, float> embedding_head) {
   const auto& [exit_layer, num_siblings, max_nodes, threshold, branch_price, chain_price] = plan;
-  const auto& [pending, states, num_rows] = pending_states;
+  const auto& [pending, num_unseen, states, num_rows] = pending_states;
   const auto& [embedding, embedding_scale, output, norm, norm_eps, softcap] = embedding_head;
   const Stack& stack = std::get<0>(target);
   const size_t size = stack.shape.hidden_size;
@@ -730,17 +734,19 @@ std::vector<Nodes> draft(const Place& target, const Place& adapter, const std::v
   // Nothing may be refused once the threads run: the largest trees there can be are checked here.
   Pass shallow = make_pass(stack, std::get<1>(target), {0, exit_layer}, std::get<2>(target));
   Pass adapted = make_pass(std::get<0>(adapter), std::get<1>(adapter), {0, 1}, std::get<2>(adapter));
-  size_t most_rows = 0;
+  size_t most_rows = 0, pending_rows = 0;
   for (const auto& [slot, base, adapter_slot, adapter_base, root, num_pending, max_depth, draw] : starts) {
     require(root >= 0 && static_cast<size_t>(root) < num_rows_of(embedding), "every token must have an embedding");
     const size_t most = num_siblings == 1 ? std::min(max_nodes, max_depth + 1) : max_nodes;
-    add_rows(shallow, {slot, base, 0, most, std::nullopt}, std::get<2>(std::get<2>(target)));
-    add_rows(adapted, {adapter_slot, adapter_base, num_pending, most, std::nullopt}, std::get<2>(std::get<2>(adapter)));
+    add_rows(shallow, {slot, base, most, std::nullopt, 0}, std::get<2>(std::get<2>(target)));
+    add_rows(adapted, {adapter_slot, adapter_base, most, std::nullopt, num_pending}, std::get<2>(std::get<2>(adapter)));
     most_rows += most;
+    pending_rows += num_pending;
     Tree tree{slot, base, adapter_slot, adapter_base, num_pending, max_depth, draw, {root}};
     drafting.trees.push_back(std::move(tree));
   }
   require(num_rows >= most_rows, "there must be room for every node's states");
+  require(num_unseen == pending_rows, "every pending row needs a state");
   {
     nb::gil_scoped_release released;
     std::lock_guard<std::mutex> lock(pass_mutex);
