@@ -5,6 +5,7 @@ timed for every batch size and depth; what a depth brings follows from the draft
 """
 
 from collections import defaultdict, deque
+from collections.abc import Collection
 from collections.abc import Sequence as SequenceOf
 from statistics import mean, median
 
@@ -33,6 +34,8 @@ RUN_LENGTH, NUM_NEEDED = 8, 3
 NUM_RATIOS, NUM_DRAFTS = 5, 64
 # Drafts of each sequence that are remembered once drafting has lost.
 FEW_DRAFTS = 8
+# Texts that tell what to expect of a new one, and the drafts of its own that this counts as much as.
+NUM_TEXTS, NUM_EXPECTED = 16, 4
 # Batch sizes this close share their times until each has its own.
 MAX_RATIO = 1.5
 # Depths to choose from besides what the drafter itself would do.
@@ -119,9 +122,12 @@ class Pace:
         self.prices = DEFAULT_PRICES
         self._loads: dict[int, _Load] = {}
         # Tokens drafted and accepted where nothing but the drafter bounded the draft.
-        self._drafts: deque[tuple[int, int]] = deque(maxlen=NUM_DRAFTS)
+        self._drafts: deque[tuple[float, float]] = deque(maxlen=NUM_DRAFTS)
         # The same of drafts that the limit cut short, since it was set.
-        self._cut_drafts: deque[tuple[int, int]] = deque(maxlen=NUM_DRAFTS)
+        self._cut_drafts: deque[tuple[float, float]] = deque(maxlen=NUM_DRAFTS)
+        # The first of these by texts: of those under way, and the means of those that have ended.
+        self._texts: dict[Sequence, list[tuple[int, int]]] = {}
+        self._past: deque[tuple[float, float]] = deque(maxlen=NUM_TEXTS)
         self._has_trees = False
         self._batch_size = self._since_choice = self._since_probe = 0
         self._limit = self._granted = self._last_probe = MAX_NODES
@@ -130,6 +136,7 @@ class Pace:
         self._drafted: dict[Sequence, int] = {}
         self._num_missed, self._catch_up_s = 0, 0.0
         self._is_steady = self._has_news = False
+        self._sequences: SequenceOf[Sequence] = ()
 
     @property
     def is_drafting(self) -> bool:
@@ -138,6 +145,7 @@ class Pace:
 
     def limit(self, sequences: SequenceOf[Sequence]) -> int:
         """The depth to draft to in the coming step; 0 where plain decoding is faster."""
+        self._meet(sequences)
         last_granted, self._granted = self._granted, self._decide(sequences)
         # A drafter may have to catch up with the text first, which is no part of what drafting costs from then on.
         self._is_steady = True
@@ -164,14 +172,32 @@ class Pace:
         elif load.is_known:
             usual_s = (load.ratio(MAX_NODES) or 1.0) * load.plain_s
             self._catch_up_s = max(0.0, draft_time_s + verify_time_s - usual_s) / self._num_missed
-        for parents, path in zip(draft.parents, outcome.paths, strict=True):
+        for text, parents, path in zip(self._sequences, draft.parents, outcome.paths, strict=True):
             self._has_trees |= not is_chain(parents)
-            drafts = self._drafts if self._granted == MAX_NODES else self._cut_drafts
-            drafts.append((len(parents) - 1, len(path) - 1))
+            brought = len(parents) - 1, len(path) - 1
+            if self._granted == MAX_NODES:
+                self._drafts.append(brought)
+                self._texts[text].append(brought)
+            else:
+                self._cut_drafts.append(brought)
 
     def forget(self, sequence: Sequence) -> None:
         """A sequence has ended."""
         self._drafted.pop(sequence, None)
+        drafts = self._texts.pop(sequence, None)
+        if drafts:
+            self._past.append(_mean_draft(drafts))
+
+    def _meet(self, sequences: SequenceOf[Sequence]) -> None:
+        """Where all texts are new, what the last one was like tells less than what most were like."""
+        self._sequences = sequences
+        new = [one for one in sequences if one not in self._texts]
+        self._texts.update((one, []) for one in new)
+        if len(new) == len(sequences) and self._past:
+            self._drafts.clear()
+            self._cut_drafts.clear()
+            self._drafts.extend([_mean_draft(self._past)] * NUM_EXPECTED)
+            self._since_choice, self._has_news = CHOOSE_EVERY, True
 
     def _decide(self, sequences: SequenceOf[Sequence]) -> int:
         num_sequences = len(sequences)
@@ -263,3 +289,8 @@ class Pace:
             if gain > best_gain:
                 best, best_gain = bound, gain
         return best
+
+
+def _mean_draft(drafts: Collection[tuple[float, float]]) -> tuple[float, float]:
+    """Tokens drafted and accepted a draft."""
+    return mean(drafted for drafted, _ in drafts), mean(accepted for _, accepted in drafts)

@@ -197,6 +197,36 @@ def test_it_learns_again_when_the_machine_changes(costly_first: bool) -> None:
     assert max(limits, key=limits.count) == (MAX_NODES if costly_first else 0)
 
 
+def decode_texts(pace: Pace, *accepted: int) -> list[list[int]]:
+    """Texts of 128 steps one after another, by what is accepted of their drafts; returns the limits of each."""
+    texts = [World(row_s=0.1 * BASE_S, accepted=(one,)) for one in accepted]
+    limits = []
+    for text in texts:
+        limits.append(text.run(pace, 128))
+        pace.forget(text.sequences[0])
+    return limits
+
+
+def test_text_behind_a_hard_one_is_drafted_where_most_are_easy() -> None:
+    *_, hard, easy = decode_texts(Pace(), 2, 2, 2, 0, 2)
+    assert hard[64:].count(MAX_NODES) <= 2
+    assert easy.count(MAX_NODES) >= 125
+
+
+def test_hard_text_behind_easy_ones_is_soon_decoded_plainly() -> None:
+    assert decode_texts(Pace(), 2, 2, 2, 0)[-1].count(MAX_NODES) <= 20
+
+
+def test_texts_that_are_all_hard_are_hardly_drafted() -> None:
+    limits = decode_texts(Pace(), *[0] * 20)
+    assert sum(text.count(MAX_NODES) for text in limits[1:]) <= 0.02 * 128 * 19
+
+
+def test_drafting_begins_again_when_texts_become_easy() -> None:
+    limits = decode_texts(Pace(), *[0] * 20, *[3] * 20)
+    assert limits[-1].count(MAX_NODES) >= 125
+
+
 def test_gain_that_measurements_cannot_tell_from_none_is_no_reason_to_begin_and_no_loss_is_borne() -> None:
     # Plain decoding first, by a text that is hard, then a gain of 2 percent: not enough to begin.
     pace, world = Pace(), World(row_s=0.47 * BASE_S, accepted=(0,), depth=1)
