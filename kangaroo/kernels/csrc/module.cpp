@@ -243,7 +243,7 @@ Pass make_pass(const Stack& stack, const Cache& cache, std::pair<size_t, size_t>
   return pass;
 }
 
-// A head, the addresses of its norm [D], 0 for none, the norm's epsilon, a soft cap, and the addresses of logits [R, V],
+// A head, the address of its norm [D], 0 for none, the norm's epsilon, a soft cap, and the addresses of logits [R, V],
 // argmax [R] int64 and confidence [R], 0 where not wanted.
 using HeadArgument =
     std::tuple<std::shared_ptr<Weight>, uintptr_t, float, float, std::tuple<uintptr_t, uintptr_t, uintptr_t>>;
@@ -707,8 +707,8 @@ class Drafting {
 };
 
 // pending_states: address of the states [P, D] the adapter has not seen, and P; address of room for those of every node
-// that leave layer exit_layer, written sequence by sequence, and how many rows that room has. plan: exit layer, siblings,
-// most nodes, threshold, prices of a branch and of a chain. Returns the nodes of every sequence.
+// that leave layer exit_layer, written sequence by sequence, and how many rows that room has. plan: exit layer,
+// siblings, most nodes, threshold, prices of a branch and of a chain. Returns the nodes of every sequence.
 std::vector<Nodes> draft(const Place& target, const Place& adapter, const std::vector<Start>& starts,
                          std::tuple<size_t, size_t, size_t, float, double, double> plan,
                          std::tuple<uintptr_t, size_t, uintptr_t, size_t> pending_states,

@@ -43,7 +43,8 @@ class Team {
   Barrier& barrier_;
 };
 
-// A child forked between calls starts threads of its own; forking while another thread is inside a call is not supported.
+// A child forked between calls starts threads of its own; forking while another thread is inside a call is not
+// supported.
 class Pool {
  public:
   static Pool& instance();

@@ -41,8 +41,8 @@ const float* norm_rows(const Pass& pass, const float* hidden, const std::vector<
 }
 
 // out [rows, num_outputs] = x times weight, each thread its share of the panels.
-void project(const Upcoming& upcoming, const float* x, size_t num_rows, size_t row_stride, float* out, size_t out_stride,
-             const Team& team) {
+void project(const Upcoming& upcoming, const float* x, size_t num_rows, size_t row_stride, float* out,
+             size_t out_stride, const Team& team) {
   const Weight& weight = upcoming.first;
   multiply_weight(upcoming, x, num_rows, row_stride, team,
                   [&](size_t row, size_t panel, size_t taken, const float* values) {
@@ -167,8 +167,8 @@ void run_attention(const Pass& pass, size_t layer_id, const float* hidden, Team&
   team.meet();
   attend_all(pass, layer_id, strides, team);
   team.meet();
-  project_and_add(pass, {*layer.output, layer.after_output}, pass.scratch.attended, strides.attended, hidden, layer.post_attention_norm,
-                  team);
+  project_and_add(pass, {*layer.output, layer.after_output}, pass.scratch.attended, strides.attended, hidden,
+                  layer.post_attention_norm, team);
 }
 
 void run_mlp(const Pass& pass, size_t layer_id, const float* hidden, Team& team) {
@@ -177,7 +177,8 @@ void run_mlp(const Pass& pass, size_t layer_id, const float* hidden, Team& team)
   const float* normed = norm_rows(pass, hidden, layer.mlp_norm, team);
   project_and_gate(pass, {*layer.gate_up, layer.down.get()}, normed, strides, team);
   team.meet();
-  project_and_add(pass, {*layer.down, layer.after_down}, pass.scratch.gated, strides.gated, hidden, layer.post_mlp_norm, team);
+  project_and_add(pass, {*layer.down, layer.after_down}, pass.scratch.gated, strides.gated, hidden,
+                  layer.post_mlp_norm, team);
 }
 
 // Every thread copies its share; no thread goes on before all have.
