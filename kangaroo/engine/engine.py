@@ -74,7 +74,8 @@ class Engine:
         """
         started_s = self._now_s()
         with self._mode:
-            changed = self._admit()
+            admitted = self.scheduler.admit()
+            changed = self._begin(admitted) if admitted else []
             running = self.scheduler.running
             decoding = [one for one in running if not one.is_reading]
             if len(decoding) < len(running):
@@ -101,16 +102,16 @@ class Engine:
             decoding.finish("cancelled")
             self._release(decoding)
 
-    def _admit(self) -> list[Decoding]:
-        """Give free slots to those that wait; returns those there was no room for after all."""
-        admitted = self.scheduler.admit()
+    def _begin(self, admitted: list[Decoding]) -> list[Decoding]:
+        """Make room for newcomers; returns those there was none for."""
         try:
-            if admitted:
-                self._make_room(admitted)
-        except Exception as error:  # above all no memory for their caches, which is not for the others to suffer
-            for decoding in admitted:
-                decoding.fail(error)
-                self._release(decoding)
+            self._make_room(admitted)
+        except Exception as error:  # above all no memory for their caches
+            if len(admitted) > 1:
+                # One may want more than there is, which is not for the others to suffer.
+                return [failed for one in admitted for failed in self._begin([one])]
+            admitted[0].fail(error)
+            self._release(admitted[0])
             return admitted
         return []
 
