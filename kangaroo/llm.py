@@ -297,4 +297,4 @@ def _sources(model: LoadedModel, settings: AutoSettings) -> tuple[str, ...]:
     found = find_companions(model.folder)
     has_datastore = settings.datastore is not None or "retrieval" in found
     return ("prompt_lookup", *(["retrieval"] if has_datastore else []),
-            *[name for name in found if name != "retrieval"][:1])  # fmt: skip
+            *[name for name in found if name != "retrieval"])  # fmt: skip

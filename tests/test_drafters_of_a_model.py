@@ -115,15 +115,15 @@ def test_a_draft_model_is_named_where_it_lies_beside_the_model_and_left_open_whe
     [
         ([], ["prompt_lookup"]),
         (["layer_skip"], ["prompt_lookup", "layer_skip"]),
-        (["layer_skip", "medusa"], ["prompt_lookup", "medusa"]),
-        (["layer_skip", "medusa", "kangaroo"], ["prompt_lookup", "kangaroo"]),
+        (["layer_skip", "medusa"], ["prompt_lookup", "medusa", "layer_skip"]),
+        (["layer_skip", "medusa", "kangaroo"], ["prompt_lookup", "kangaroo", "medusa", "layer_skip"]),
         (["medusa", "retrieval"], ["prompt_lookup", "retrieval", "medusa"]),
         (["retrieval"], ["prompt_lookup", "retrieval"]),
         (["draft_model"], ["prompt_lookup", "draft_model"]),
-        (["draft_model", "layer_skip"], ["prompt_lookup", "layer_skip"]),
+        (["draft_model", "layer_skip"], ["prompt_lookup", "layer_skip", "draft_model"]),
     ],
 )
-def test_auto_takes_prompt_lookup_a_datastore_and_the_best_that_lies_beside_the_model(
+def test_auto_takes_prompt_lookup_and_all_that_lies_beside_the_model(
     model: LoadedModel, companions: list[str], expected: list[str]
 ) -> None:
     for name in companions:

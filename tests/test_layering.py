@@ -19,6 +19,7 @@ SHARED_BY_DRAFTERS = (
     "tree",
     "growing",
     "earnings",
+    "offers",
     "ngrams",
     "companion",
     "depths",

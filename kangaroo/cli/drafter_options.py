@@ -81,7 +81,7 @@ Sources = Annotated[
     list[str] | None,
     _option("With auto: a drafter to choose from; repeatable. Lookups are asked first, in this order, those that run a "
             "model by what they bring.", _ANY, name="--source",
-            default="prompt_lookup, and of what lies beside the model a datastore and the first drafter"),
+            default="prompt_lookup and all that lies beside the model"),
 ]  # fmt: skip
 Adapter = Annotated[str | None, _option("Adapter folder.", _KANGAROO, default="the folder 'adapter' of the model")]
 ExitLayer = Annotated[

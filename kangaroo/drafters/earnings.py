@@ -5,7 +5,7 @@ from __future__ import annotations
 import math
 from dataclasses import astuple, dataclass
 
-from kangaroo.drafters.base import MAX_NODES
+from kangaroo.drafters.ngrams import confidence_of
 
 # How much an older step counts for after each newer one: in a text, and in what all texts tell.
 DECAY, SLOW_DECAY = 0.97, 0.995
@@ -13,6 +13,16 @@ DECAY, SLOW_DECAY = 0.97, 0.995
 PRIOR_STEPS = 4.0
 # The chance that the first guess of a source nobody knows is right.
 FIRST_CHANCE = 0.5
+# Confidences are told apart by these: shares of matches that agree, then the lengths of single ones.
+BIN_STARTS = (0.2, 0.35, *map(confidence_of, (1, 2, 3, 4, 6, 8, 12, 16, 24, 32)))
+NUM_BINS = 1 + len(BIN_STARTS)
+# The share of the time that tries may lose.
+TRY_SHARE = 0.01
+# The share of a text's time that a source with a model must save, or else waits for so many texts at most; and the
+# texts that this is an average of.
+MIN_SAVED, MAX_TEXTS, RECENT_TEXTS = 0.03, 32, 4
+# Steps are told apart by what they promise, in plain steps: in levels this wide, from one plain step on.
+NUM_LEVELS, LEVEL_WIDTH = 8, 0.25
 # How far rows must have varied for times to count as much as what was known of them.
 PRIOR_SPREAD = 20.0
 
@@ -48,28 +58,26 @@ class StepCost:
 
 
 class Chances:
-    """How often a free source's guess at each depth was right where those before it were."""
+    """How often a source's guesses were right whose parents were, by how sure it was of them.
+
+    rates: by the bin of a guess, see BIN_STARTS; NUM_BINS later for those behind other guesses, which came true.
+    """
 
     def __init__(self, prior: Chances | None = None) -> None:
+        """prior: of all texts, from which a text starts, and which learns from it."""
         self._prior = prior
-        self._right, self._seen = [0.0] * MAX_NODES, [0.0] * MAX_NODES
+        self.rates: list[float] = [FIRST_CHANCE] * (2 * NUM_BINS) if prior is None else prior.rates.copy()
+        self._steps = [PRIOR_STEPS] * (2 * NUM_BINS)
+        self._most = 1 / (1 - (SLOW_DECAY if prior is None else DECAY))
 
-    def at(self, depth: int) -> float:
-        """The chance at a depth counted from 0; what is not known yet is as before, or as in other texts."""
+    def add(self, place: int, *, is_right: bool) -> None:
+        """Count a guess."""
+        steps = self._steps[place]
+        if steps < self._most:
+            self._steps[place] = steps = steps + 1
+        self.rates[place] += (is_right - self.rates[place]) / steps
         if self._prior is not None:
-            known = self._prior.at(depth)
-        elif depth and self._seen[depth] < 1:
-            return self.at(depth - 1)
-        else:
-            known = FIRST_CHANCE
-        return (self._right[depth] + PRIOR_STEPS * known) / (self._seen[depth] + PRIOR_STEPS)
-
-    def add(self, depth: int, *, is_right: bool) -> None:
-        decay = SLOW_DECAY if self._prior is None else DECAY
-        self._right[depth] = decay * self._right[depth] + is_right
-        self._seen[depth] = decay * self._seen[depth] + 1
-        if self._prior is not None:
-            self._prior.add(depth, is_right=is_right)
+            self._prior.add(place, is_right=is_right)
 
 
 @dataclass
@@ -106,3 +114,76 @@ class Earnings:
         if is_steady or self.timed:
             self.timed = DECAY * self.timed + 1
             self.draft_s = DECAY * self.draft_s + draft_s
+
+
+class Gains:
+    """By what factor asking one more lookup raised the rate a step promised, its own time included.
+
+    By how many plain steps the step promised to be worth without it.
+    """
+
+    def __init__(self) -> None:
+        # What nobody knows is worth a look.
+        self._gains, self._steps = [1.01] * NUM_LEVELS, [0.0] * NUM_LEVELS
+
+    def at(self, worth: float) -> float:
+        """The factor to expect."""
+        return self._gains[_level(worth)]
+
+    def add(self, worth: float, gain: float) -> None:
+        """Count a step."""
+        level = _level(worth)
+        steps = self._steps[level] = min(self._steps[level] + 1, 1 / (1 - DECAY))
+        self._gains[level] += (gain - self._gains[level]) / steps
+
+
+def _level(worth: float) -> int:
+    return min(int((worth - 1) / LEVEL_WIDTH), NUM_LEVELS - 1)
+
+
+@dataclass
+class Budget:
+    """What recent steps took, and what was lost by asking sources, net of what that won."""
+
+    time_s: float = 0.0
+    lost_s: float = 0.0
+
+    @property
+    def is_open(self) -> bool:
+        """Whether sources may be tried."""
+        return self.lost_s <= TRY_SHARE * self.time_s
+
+    def add(self, time_s: float, lost_s: float) -> None:
+        """Count a step."""
+        self.time_s = SLOW_DECAY * self.time_s + time_s
+        self.lost_s = SLOW_DECAY * self.lost_s + lost_s
+
+
+@dataclass
+class Standing:
+    """Whether texts are worth preparing for a source with a model: what that takes shows in no single step.
+
+    saved: the share of a text's time that the source saved, of recent texts; num_out, patience: the texts since it took
+    part, and those it waits.
+    """
+
+    saved: float = MIN_SAVED
+    num_out: int = 0
+    patience: int = 1
+
+    def take_part(self) -> bool:
+        """Whether the source takes part in another text."""
+        if self.saved >= MIN_SAVED:
+            self.patience = 1
+        elif self.num_out < self.patience:
+            self.num_out += 1
+            return False
+        else:
+            self.patience = min(2 * self.patience, MAX_TEXTS)
+        self.num_out = 0
+        return True
+
+    def add(self, won_s: float, time_s: float) -> None:
+        """Count a text that it took part in."""
+        if time_s:
+            self.saved += (won_s / (time_s + max(0.0, won_s)) - self.saved) / RECENT_TEXTS

@@ -9,7 +9,7 @@ from __future__ import annotations
 
 from collections.abc import Iterator
 from collections.abc import Sequence as SequenceOf
-from itertools import cycle, islice
+from itertools import islice
 from pathlib import Path
 from typing import TYPE_CHECKING
 
@@ -29,7 +29,9 @@ if TYPE_CHECKING:
 # Earlier matches that are looked at for different continuations.
 MAX_MATCHES = 64
 # Tokens a match is followed back for.
-MAX_MATCH = 8
+MAX_MATCH = 32
+# The confidence of the token behind a match, by how many tokens that has.
+_CONFIDENCES = [confidence_of(length) for length in range(MAX_MATCH + MAX_NODES)]
 
 
 def build(model: LoadedModel, settings: PromptLookupSettings) -> PromptLookupDrafter:
@@ -64,19 +66,27 @@ class PromptLookupDrafter:
     def draft(self, batch: Batch) -> Draft:
         """Index what is new, then merge every sequence's continuations into a tree.
 
-        Every node has the confidence of the first match.
+        Every node has the confidence of the first match and the guesses before it, taken for one match.
         """
-        trees, confidences = [], []
+        tokens, parents, confidences = [], [], []
         for sequence in batch.sequences:
             length, continuations = self._continue(sequence)
-            confidence = confidence_of(length)
-            if confidence < self._stopping.threshold:
+            if _CONFIDENCES[length] < self._stopping.threshold:
                 continuations = [continuation[:1] for continuation in continuations]
-            tokens, parents = merge(sequence.tokens[-1], continuations)
-            trees.append((tokens, parents))
-            confidences.append([1.0] + [confidence] * (len(tokens) - 1))
-            self._depths.note(sequence, max(depths_of(parents)))
-        return Draft([tokens for tokens, _ in trees], [parents for _, parents in trees], confidence=confidences)
+            if len(continuations) == 1:
+                depth = len(continuations[0])
+                tokens.append([sequence.tokens[-1], *continuations[0]])
+                parents.append(list(range(-1, depth)))
+                confidences.append([1.0, *_CONFIDENCES[length : length + depth]])
+            else:
+                tree = merge(sequence.tokens[-1], continuations)
+                depths = depths_of(tree[1])
+                depth = max(depths)
+                tokens.append(tree[0])
+                parents.append(tree[1])
+                confidences.append([1.0] + [_CONFIDENCES[length + one - 1] for one in depths[1:]])
+            self._depths.note(sequence, depth)
+        return Draft(tokens, parents, confidence=confidences)
 
     def accept(self, sequences: SequenceOf[Sequence], outcome: Outcome) -> None:
         """Tell the stopping rule how much of the last drafts was accepted; the next ones read the texts themselves."""
@@ -105,39 +115,44 @@ class PromptLookupDrafter:
         longest = max(len(index.suffixes), len(in_references)) - 1
         for length in range(longest, settings.min_ngram - 1, -1):
             found: dict[tuple[int, ...], int] = {}
-            matches = self._look_up(index, in_references, length=length, depth=depth)
-            for match_length, continuation in islice(matches, MAX_MATCHES):
-                if continuation:
-                    found.setdefault(continuation, match_length)
+            for tokens, end in islice(self._find(index, in_references, length=length), MAX_MATCHES):
+                continuation = _follow(tokens, end, depth=depth, repeats=tokens is index.tokens)
+                if continuation and continuation not in found:
+                    found[continuation] = length if found else _extend(tokens, end, text=index.tokens, length=length)
                 if len(found) == num_wanted:
                     break
             if found:
                 return next(iter(found.values())), list(found)
         return 0, []
 
-    def _look_up(
-        self, index: NgramIndex, in_references: SequenceOf[int], *, length: int, depth: int
-    ) -> Iterator[tuple[int, tuple[int, ...]]]:
-        """What followed the text's last `length` tokens, newest first and the references last; possibly nothing.
-
-        With the number of tokens that match in truth, up to MAX_MATCH.
-        """
+    def _find(
+        self, index: NgramIndex, in_references: SequenceOf[int], *, length: int
+    ) -> Iterator[tuple[list[int], int]]:
+        """The tokens in which the text's last `length` ones occur and where, newest first and the references last."""
         if length < len(index.suffixes):
             # The first match is the end of the text itself.
             for end in islice(index.ends(index.suffixes[length], length), 1, None):
-                # A continuation that reaches the end of the text repeats itself, as in LZ77.
-                yield (_extend(index.tokens, end, text=index.tokens, length=length),
-                       tuple(islice(cycle(index.tokens[end + 1 : end + 1 + depth]), depth)))  # fmt: skip
+                yield index.tokens, end
         if length < len(in_references):
             for end in self._references.ends(in_references[length], length):
-                tokens = self._references.tokens[end + 1 : end + 1 + depth]
-                yield (_extend(self._references.tokens, end, text=index.tokens, length=length),
-                       tuple(tokens[: tokens.index(BREAK)] if BREAK in tokens else tokens))  # fmt: skip
+                yield self._references.tokens, end
+
+
+def _follow(tokens: list[int], end: int, *, depth: int, repeats: bool) -> tuple[int, ...]:
+    """At most depth tokens behind a match, those of one document, or those of a text that repeats itself on and on."""
+    continuation = tokens[end + 1 : end + 1 + depth]
+    if repeats:
+        # As in LZ77.
+        return tuple(continuation if len(continuation) == depth else (continuation * depth)[:depth])
+    return tuple(continuation[: continuation.index(BREAK)] if BREAK in continuation else continuation)
 
 
 def _extend(tokens: SequenceOf[int], end: int, *, text: SequenceOf[int], length: int) -> int:
-    """How many tokens up to and with `end` are the last of the text, at least length and at most MAX_MATCH."""
-    while length < min(MAX_MATCH, end + 1, len(text)) and tokens[end - length] == text[-1 - length]:
+    """How many tokens up to and with `end` are the last of the text, as length of them are; at most MAX_MATCH."""
+    longest = min(MAX_MATCH, end + 1, len(text))
+    if tokens[end + 1 - longest : end + 1] == text[-longest:]:
+        return longest
+    while tokens[end - length] == text[-1 - length]:
         length += 1
     return length
 

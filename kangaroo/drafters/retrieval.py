@@ -10,7 +10,6 @@ from typing import TYPE_CHECKING
 from kangaroo.drafters.base import MAX_NODES, Batch, Sequence
 from kangaroo.drafters.datastore import Datastore
 from kangaroo.drafters.depths import DraftDepths
-from kangaroo.drafters.ngrams import confidence_of
 from kangaroo.drafters.settings import RetrievalSettings
 from kangaroo.drafters.stopping import choose_stopping
 from kangaroo.drafters.tree import Branching
@@ -62,13 +61,16 @@ class RetrievalDrafter:
     def draft(self, batch: Batch) -> Draft:
         """Look up every sequence's end; its root alone where the datastore has nothing that pays.
 
-        The confidence it tells is that of the match as a whole; drafts stop by that of each token, see merge().
+        Every node has its own confidence, see merge().
         """
-        trees = [self._look_up(sequence, batch.prices.branch) for sequence in batch.sequences]
-        for sequence, (_, parents, _) in zip(batch.sequences, trees, strict=True):
-            self._depths.note(sequence, max(depths_of(parents)))
-        confidence = [[1.0] + [confidence_of(length)] * (len(tokens) - 1) for tokens, _, length in trees]
-        return Draft([tokens for tokens, _, _ in trees], [parents for _, parents, _ in trees], confidence=confidence)
+        tokens, parents, confidences = [], [], []
+        for sequence in batch.sequences:
+            tree = self._look_up(sequence, batch.prices.branch)
+            self._depths.note(sequence, max(depths_of(tree[1])))
+            tokens.append(tree[0])
+            parents.append(tree[1])
+            confidences.append(tree[2])
+        return Draft(tokens, parents, confidence=confidences)
 
     def accept(self, sequences: SequenceOf[Sequence], outcome: Outcome) -> None:
         """Tell the stopping rule how much of the last drafts was accepted."""
@@ -78,52 +80,54 @@ class RetrievalDrafter:
         """Forget these sequences."""
         self._depths.forget(sequences)
 
-    def _look_up(self, sequence: Sequence, price: float) -> tuple[list[int], list[int], int]:
-        """Tokens and parents of one sequence's draft, and how long a match it follows."""
+    def _look_up(self, sequence: Sequence, price: float) -> tuple[list[int], list[int], list[float]]:
+        """Tokens, parents and confidences of one sequence's draft."""
         settings, params = self._settings, sequence.request.params
         depth = min(self._stopping.max_length, sequence.max_draft)
         if depth == 0:
-            return [sequence.tokens[-1]], [-1], 0
+            return [sequence.tokens[-1]], [-1], [1.0]
         length, places = self._datastore.find(
             sequence.tokens, min_ngram=settings.min_ngram, max_ngram=settings.max_ngram
         )
         rows = self._datastore.continuations(length, places, num_tokens=depth, max_matches=settings.max_matches)
         # Block verification judges chains alone.
         branching = replace(self._branching, num_siblings=1) if params.rule == "block" else self._branching
-        tokens, parents = merge(sequence.tokens[-1], rows, length=length, branching=branching,
-                                threshold=self._stopping.threshold, price=price)  # fmt: skip
-        return tokens, parents, length
+        return merge(sequence.tokens[-1], rows, length=length, branching=branching,
+                     threshold=self._stopping.threshold, price=price)  # fmt: skip
 
 
 def merge(
     root: int, continuations: SequenceOf[SequenceOf[int]], *, length: int, branching: Branching, threshold: float,
     price: float
-) -> tuple[list[int], list[int]]:  # fmt: skip
-    """Tokens and parents of the tree of the likeliest beginnings of continuations, of a match of length tokens.
+) -> tuple[list[int], list[int], list[float]]:  # fmt: skip
+    """Tokens, parents and confidences of the tree of the likeliest beginnings of continuations, behind a match.
 
-    Nodes join, likeliest first, while they promise at least price and branching leaves room. A child that c of its
-    parent's n continuations agree on has the confidence (c - d) / n, by absolute discounting (Ney, Essen and Kneser
-    1994), see DISCOUNT for d, and the chance of that times its parent's. One below the threshold gets no children.
+    length: the tokens that match. Nodes join, likeliest first, while they promise at least price and branching leaves
+    room. A child that c of its parent's n continuations agree on has the confidence (c - d) / n, by absolute
+    discounting (Ney, Essen and Kneser 1994), see DISCOUNT for d, and the chance of that times its parent's. One below
+    the threshold gets no children.
     """
-    tokens, parents = list[int](), list[int]()
-    # Negated chance, a number that sets equals in the order found, depth, parent, token and the continuations.
-    waiting: list[tuple[float, int, int, int, int, SequenceOf[SequenceOf[int]]]]
-    waiting, num_found = [(-1.0, 0, 0, -1, root, continuations)], 1
+    tokens, parents, confidences = list[int](), list[int](), list[float]()
+    # Negated chance, a number that sets equals in the order found, depth, parent, token, confidence and continuations.
+    waiting: list[tuple[float, int, int, int, int, float, SequenceOf[SequenceOf[int]]]]
+    waiting, num_found = [(-1.0, 0, 0, -1, root, 1.0, continuations)], 1
     while waiting and len(tokens) < branching.max_nodes:
-        chance, _, depth, parent, token, rows = heappop(waiting)
+        chance, _, depth, parent, token, confidence, rows = heappop(waiting)
         node = len(tokens)
         tokens.append(token)
         parents.append(parent)
+        confidences.append(confidence)
+        if confidence < threshold:
+            continue
         groups: dict[int, list[SequenceOf[int]]] = {}
         for row in rows:
             if len(row) > depth:
                 groups.setdefault(row[depth], []).append(row)
         discount = DISCOUNT / (DISCOUNT + length + depth)
         for child, group in sorted(groups.items(), key=lambda one: len(one[1]), reverse=True)[: branching.num_siblings]:
-            child_chance = chance * (len(group) - discount) / len(rows)
-            if -child_chance < price:
+            confidence = (len(group) - discount) / len(rows)
+            if -chance * confidence < price:
                 break
-            has_children = (len(group) - discount) / len(rows) >= threshold
-            heappush(waiting, (child_chance, num_found, depth + 1, node, child, group if has_children else ()))
+            heappush(waiting, (chance * confidence, num_found, depth + 1, node, child, confidence, group))
             num_found += 1
-    return tokens, parents
+    return tokens, parents, confidences

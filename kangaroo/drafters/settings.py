@@ -70,7 +70,7 @@ class PromptLookupSettings:
     references: text files to look in besides the text itself (LLMA).
     num_siblings: different continuations to draft, 1 for the newest alone.
     eta: the confidence below which a match gets a single token drafted, 0 for never, or how it adapts; a match of n
-    tokens, of 8 at most, has the confidence 1 - 0.5**n.
+    tokens, of 32 at most, has the confidence 1 - 0.5**n.
     """
 
     name: ClassVar[str] = "prompt_lookup"
@@ -125,12 +125,12 @@ class RetrievalSettings:
 
 @dataclass(frozen=True)
 class AutoSettings:
-    """Which drafters share the work, each with its own defaults.
+    """Which drafters share the work, each with its own defaults, but that prompt lookup may draft all a draft holds.
 
-    sources: names, lookups being asked before those that run a model; none for prompt lookup and whatever lies beside
-    the model: a datastore, and an adapter, else heads, else a skip list, else a draft model. datastore, references:
-    retrieval's and prompt lookup's, as in their own settings. Raises SettingsError where they are given to a source
-    that is not among those named.
+    sources: names, lookups being asked before those that run a model; none for prompt lookup and all that lies beside
+    the model: a datastore, an adapter, heads, a skip list, a draft model. datastore, references: retrieval's and prompt
+    lookup's, as in their own settings. Raises SettingsError where they are given to a source that is not among those
+    named.
     """
 
     name: ClassVar[str] = "auto"
@@ -149,7 +149,8 @@ class AutoSettings:
         if source == RetrievalSettings.name:
             return RetrievalSettings(datastore=self.datastore)
         if source == PromptLookupSettings.name:
-            return PromptLookupSettings(references=self.references)
+            # Drafts are cut where they stop paying: after a long match, late.
+            return PromptLookupSettings(max_ngram=5, num_tokens=63, references=self.references)
         return find_settings(source)()
 
 

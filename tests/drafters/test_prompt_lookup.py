@@ -125,26 +125,34 @@ def test_text_itself_goes_before_references_and_longer_matches_before_both() -> 
     assert chain(draft_for(drafter, [3, 4])) == []
 
 
-@pytest.mark.parametrize(("num_matching", "doubt"), [(1, 1 / 2), (2, 1 / 4), (5, 1 / 32), (8, 1 / 256), (12, 1 / 256)])
+@pytest.mark.parametrize(("num_matching", "num_counted"), [(1, 1), (2, 2), (5, 5), (12, 12), (32, 32), (40, 32)])
 @pytest.mark.parametrize("is_reference", [False, True])
 def test_confidence_tells_how_long_the_match_is_beyond_the_ngram(
-    num_matching: int, doubt: float, is_reference: bool
+    num_matching: int, num_counted: int, is_reference: bool
 ) -> None:
-    earlier, last = [200, *range(20)], [201, *range(20 - num_matching, 20)]
-    text, references = ([201, *last], [[*earlier, 9]]) if is_reference else ([*earlier, 9, *last], [])
-    draft = draft_for(PromptLookupDrafter(PromptLookupSettings(num_tokens=1), references), text)
-    assert draft.confidence == [[1.0, 1 - doubt]]
+    earlier, last = [200, *range(50)], [201, *range(50 - num_matching, 50)]
+    text, references = ([201, *last], [[*earlier, 90, 91]]) if is_reference else ([*earlier, 90, 91, *last], [])
+    draft = draft_for(PromptLookupDrafter(PromptLookupSettings(num_tokens=2), references), text)
+    # A guess that stands behind another counts that as matching too.
+    assert draft.confidence == [[1.0, 1 - 0.5**num_counted, 1 - 0.5 ** (num_counted + 1)]]
 
 
-@pytest.mark.parametrize(("eta", "least"), [(0.0, 1), (0.5, 1), (0.51, 2), (0.75, 2), (0.99, 7), (0.997, 9), (1.0, 9)])
-@pytest.mark.parametrize("num_matching", [1, 2, 3, 7, 8, 12])
+@pytest.mark.parametrize(("eta", "least"), [(0.0, 1), (0.5, 1), (0.51, 2), (0.75, 2), (0.99, 7), (0.997, 9), (1.0, 33)])
+@pytest.mark.parametrize("num_matching", [1, 2, 3, 7, 8, 12, 40])
 def test_match_of_too_little_confidence_gets_one_token_drafted(num_matching: int, eta: float, least: int) -> None:
-    text = [200, *range(20), 30, 31, 32, 201, *range(20 - num_matching, 20)]
+    text = [200, *range(50), 90, 91, 92, 201, *range(50 - num_matching, 50)]
     draft = draft_for(PromptLookupDrafter(PromptLookupSettings(num_tokens=3, eta=eta)), text)
-    # Longer matches are as sure as one of 8 tokens.
-    is_sure = min(num_matching, 8) >= least
-    assert chain(draft) == ([30, 31, 32] if is_sure else [30])
-    assert draft.confidence == [[1.0] + [1 - 0.5 ** min(num_matching, 8)] * (3 if is_sure else 1)]
+    # Longer matches are as sure as one of 32 tokens.
+    num_counted = min(num_matching, 32)
+    assert chain(draft) == ([90, 91, 92] if num_counted >= least else [90])
+    assert draft.confidence is not None
+    assert draft.confidence[0][:2] == [1.0, 1 - 0.5**num_counted]
+
+
+def test_confidence_of_siblings_is_that_of_their_depths() -> None:
+    drafter = PromptLookupDrafter(PromptLookupSettings(num_tokens=2, num_siblings=2))
+    draft = draft_for(drafter, [1, 2, 3, 9, 1, 4, 8, 1])
+    assert (draft.parents, draft.confidence) == ([[-1, 0, 1, 0, 3]], [[1.0, 0.5, 0.75, 0.5, 0.75]])
 
 
 def test_match_of_too_little_confidence_gets_one_token_for_each_sibling_that_begins_otherwise() -> None:

@@ -101,7 +101,7 @@ ROWS = st.lists(st.lists(st.integers(0, 3), max_size=5), max_size=12)
        threshold=st.sampled_from([0.0, 0.2, 0.5, 1.0]), price=st.floats(0.01, 1))  # fmt: skip
 def test_a_merged_tree_holds_the_likeliest_beginnings(rows, length, max_nodes, num_siblings, threshold, price) -> None:
     branching = Branching(num_siblings, max_nodes)
-    tokens, parents = merge(8, rows, length=length, branching=branching, threshold=threshold, price=price)
+    tokens, parents, confidences = merge(8, rows, length=length, branching=branching, threshold=threshold, price=price)
     assert (tokens[0], parents[0]) == (8, -1)
     assert all(parent < node for node, parent in enumerate(parents))
     assert len(tokens) <= max_nodes
@@ -120,6 +120,7 @@ def test_a_merged_tree_holds_the_likeliest_beginnings(rows, length, max_nodes, n
     def chance(path: tuple[int, ...]) -> float:
         return prod(confidence(path[: depth + 1]) for depth in range(len(path)))
 
+    assert confidences == pytest.approx([1.0, *map(confidence, paths[1:])])
     chances = [chance(path) for path in paths[1:]]
     assert all(one >= price * (1 - 1e-9) for one in chances)
     assert all(left >= right * (1 - 1e-9) for left, right in pairwise(chances))
@@ -132,9 +133,8 @@ def test_a_merged_tree_holds_the_likeliest_beginnings(rows, length, max_nodes, n
 
 def test_the_most_frequent_branch_comes_first() -> None:
     rows = [[1, 2], [1, 3], [1, 3], [4, 5]]
-    assert merge(0, rows, length=16, branching=Branching(9, 9), threshold=0.0, price=DEFAULT_PRICES.branch) == (
-        [0, 1, 3, 4, 2, 5], [-1, 0, 1, 0, 1, 3],
-    )  # fmt: skip
+    tree = merge(0, rows, length=16, branching=Branching(9, 9), threshold=0.0, price=DEFAULT_PRICES.branch)
+    assert tree[:2] == ([0, 1, 3, 4, 2, 5], [-1, 0, 1, 0, 1, 3])
 
 
 def draft_behind(drafter: RetrievalDrafter, sequence: DecodedSequence) -> Draft:

@@ -1,6 +1,7 @@
 """The drafters, targets and kernels that losslessness is tested with; a new drafter joins as a line of CASES."""
 
 import functools
+import math
 import random
 import tempfile
 from collections.abc import Callable
@@ -15,6 +16,7 @@ from kangaroo.drafters.auto import AutoDrafter
 from kangaroo.drafters.base import Drafter
 from kangaroo.drafters.datastore import Datastore, build_datastore
 from kangaroo.drafters.draft_model import DraftModelDrafter
+from kangaroo.drafters.earnings import Earnings
 from kangaroo.drafters.gate import GatedDrafter
 from kangaroo.drafters.kangaroo import KangarooDrafter
 from kangaroo.drafters.layer_skip import LayerSkipDrafter
@@ -135,10 +137,32 @@ def gated(factory: Factory, threshold: float) -> Factory:
     return lambda target, texts: GatedDrafter(target, factory(target, texts), threshold=threshold)
 
 
+class EveryOther(Earnings):
+    """Has its source asked in every other step, however fast the machine is."""
+
+    is_due = False
+
+    def rate(self, costs: tuple[float, float]) -> float:
+        self.is_due = not self.is_due
+        return math.inf if self.is_due else 0.0
+
+    def share(self) -> Earnings:
+        return EveryOther()
+
+
 def auto(free: SequenceOf[Factory], models: SequenceOf[Factory]) -> Factory:
-    return lambda target, texts: AutoDrafter(
-        [factory(target, texts) for factory in free], [factory(target, texts) for factory in models]
-    )
+    def build(target: Transformer, texts: Texts) -> Drafter:
+        drafter = AutoDrafter(
+            [factory(target, texts) for factory in free], [factory(target, texts) for factory in models]
+        )
+        drafter._earnings = [EveryOther() for _ in models]
+        # Whatever they lose, they take part.
+        drafter._budget.lost_s = -math.inf
+        for standing in drafter._standings:
+            standing.saved = math.inf
+        return drafter
+
+    return build
 
 
 FOUR_SIBLINGS = PromptLookupSettings(max_ngram=2, num_tokens=20, num_siblings=4)
@@ -193,7 +217,8 @@ CASES = [
                             0.1), always_drafts=False),
     Case("auto-kangaroo", auto([lookup_in_references(FOUR_SIBLINGS)], [kangaroo(FixedLength(4), Branching(3, 16))])),
     Case("auto-draft_model", auto([lookup(PromptLookupSettings())], [draft_model(FixedLength(4))])),
-    Case("auto-layer_skip", auto([lookup(PromptLookupSettings())], [layer_skip(FixedLength(4), Branching(3, 16))])),
+    Case("auto-layer_skip", auto([lookup_in_references(PromptLookupSettings())],
+                                 [layer_skip(FixedLength(4), Branching(3, 16))])),
     Case("auto-four", auto([lookup_in_references(FOUR_SIBLINGS), retrieval(RetrievalSettings(min_ngram=1))],
                            [kangaroo(ConfidenceThreshold(6, 0.1)), medusa(FixedLength(3), Branching(3, 12))])),
 ]  # fmt: skip

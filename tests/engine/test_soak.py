@@ -125,7 +125,9 @@ class Soak:
         assert len(cache.lengths) <= LIMITS.max_batch_size
         assert cache.num_slots <= SLOT_BLOCK >= 120 + MAX_NODES
         for drafter in self.drafters():
-            assert drafter._memory.keys() == set(running)
+            # Of auto's sources some sit a text out.
+            assert drafter._memory.keys() <= set(running)
+            assert drafter._memory.keys() == set(running) or drafter is not self.engine.drafter
             if isinstance(drafter, KangarooDrafter):
                 assert drafter._cache.num_slots <= cache.num_slots
 
