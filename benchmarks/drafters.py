@@ -41,9 +41,14 @@ class CountedDrafter:
     """A drafter whose levels are counted, text by text: one number for each, the warm-up's first."""
 
     def __init__(self, drafter: Drafter) -> None:
-        self.name, self.taps = drafter.name, drafter.taps
+        self.name = drafter.name
         self.num_levels: list[int] = []
         self._drafter = drafter
+
+    @property
+    def taps(self) -> tuple[int, ...]:
+        """The drafter's, as they are now."""
+        return self._drafter.taps
 
     def begin(self, sequences: SequenceOf[Sequence], *, num_slots: int) -> None:
         """Pass on, and begin to count anew."""
@@ -89,13 +94,11 @@ def num_parameters(model: LoadedModel, name: str) -> int:
     files = {"kangaroo": model.folder / "adapter" / "adapter.safetensors",
              "medusa": model.folder / "medusa" / "heads.safetensors",
              "draft_model": model.folder / "draft_model" / "model.safetensors"}  # fmt: skip
-    path = next(
-        (path for owner, path in files.items() if owner in name or ("auto" in name and owner == "kangaroo")), None
-    )
-    if path is None:
-        return 0
-    with safe_open(path, framework="pt") as file:
-        return sum(file.get_tensor(key).numel() for key in file.keys())
+    total = 0
+    for path in [path for owner, path in files.items() if owner in name or "auto" in name]:
+        with safe_open(path, framework="pt") as file:
+            total += sum(file.get_tensor(key).numel() for key in file.keys())
+    return total
 
 
 def describe(texts: list[Completion], num_levels: int, plain_step_s: float) -> dict[str, object]:

@@ -157,13 +157,17 @@ class _WatchedRun:
     """Decodes with a drafter, whose place in the engine it takes, and remembers the passes of the last text."""
 
     def __init__(self, model: LoadedModel, drafter: Drafter) -> None:
-        self.name, self.taps = drafter.name, drafter.taps
+        self.name = drafter.name
         self.passes: list[_Pass] = []
         self._target = model.target
         self._drafter = drafter
         self._chosen_from = torch.empty(0)
         self._draft_depth = 0
         self._llm = LLM(replace(model, target=self._watch(model.target)), self)
+
+    @property
+    def taps(self) -> tuple[int, ...]:
+        return self._drafter.taps
 
     def decode(self, prompt_ids: Sequence[int], params: SamplingParams) -> Completion:
         self.passes = []

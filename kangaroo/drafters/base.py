@@ -96,11 +96,13 @@ class Drafter(Protocol):
     """Guesses continuations; whatever it guesses, the text stays the target's own.
 
     taps are the layers whose entering states it needs: every target pass, prefill included, hands those of
-    the committed tokens to accept().
+    the committed tokens to accept(). They may change where texts begin or end.
     """
 
     name: str
-    taps: tuple[int, ...]
+
+    @property
+    def taps(self) -> tuple[int, ...]: ...
 
     def begin(self, sequences: SequenceOf[Sequence], *, num_slots: int) -> None:
         """Make room for new sequences of at most num_slots tokens, drafts included; each starts empty."""

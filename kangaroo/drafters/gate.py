@@ -25,11 +25,15 @@ class GatedDrafter:
         if not 0 <= threshold <= 1:
             raise SettingsError(f"the gate's threshold must be in [0, 1], got {threshold}")
         self.name = drafter.name
-        self.taps = tuple(sorted({*drafter.taps, target.num_layers}))
         self._target = target
         self._drafter = drafter
         self._threshold = threshold
         self._closed: set[Sequence] = set()
+
+    @property
+    def taps(self) -> tuple[int, ...]:
+        """The drafter's, and what enters the head."""
+        return tuple(sorted({*self._drafter.taps, self._target.num_layers}))
 
     def begin(self, sequences: SequenceOf[Sequence], *, num_slots: int) -> None:
         """Make room in the drafter."""
