@@ -293,7 +293,7 @@ def _sources(model: LoadedModel, settings: AutoSettings) -> tuple[str, ...]:
     if "auto" in settings.sources:
         raise SettingsError("sources must be other drafters than auto itself")
     if settings.sources:
-        return tuple(settings.sources)
+        return tuple(sorted(settings.sources, key=lambda source: source != "prompt_lookup"))
     found = find_companions(model.folder)
     has_datastore = settings.datastore is not None or "retrieval" in found
     return ("prompt_lookup", *(["retrieval"] if has_datastore else []),

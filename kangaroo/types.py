@@ -153,7 +153,7 @@ class Draft:
     device are a tensor [B, N] int64, padded with anything; the trees' shapes are the host's.
     hidden: [R, D], the nodes' states entering layer resume_layer, packed sequence by sequence; None where
     resume_layer is 0. confidence: for every sequence the draft's raw top-1 probability that proposed each node, 1 for
-    roots, or what a lookup makes of the length of its match; None where the drafter has none, or the host does not
+    roots, or what a lookup makes of its matches; None where the drafter has none, or the host does not
     know it.
     proposals: for every sequence, by node, the distribution [V] that its children were drawn from, float64; a node
     that has none drew its children from no distribution. None where no request asks for it (SamplingParams.acceptance).

@@ -79,8 +79,8 @@ Gate = Annotated[
 ]
 Sources = Annotated[
     list[str] | None,
-    _option("With auto: a drafter to choose from; repeatable. Lookups are asked first, in this order, those that run a "
-            "model by what they bring.", _ANY, name="--source",
+    _option("With auto: a drafter to choose from; repeatable. Prompt lookup is asked first, then other lookups, "
+            "those that run a model by what they bring.", _ANY, name="--source",
             default="prompt_lookup and all that lies beside the model"),
 ]  # fmt: skip
 Adapter = Annotated[str | None, _option("Adapter folder.", _KANGAROO, default="the folder 'adapter' of the model")]

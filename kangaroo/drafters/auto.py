@@ -122,6 +122,7 @@ class AutoDrafter:
         plain = Offer(1 / (base_s + row_s), base_s + row_s)
         offers = {sequence: plain for sequence in batch.sequences if sequence.max_draft > 0}
         for index in range(len(self._free)):
+            self._idle[index] += 1
             asking = [sequence for sequence, offer in offers.items() if self._pays(index, offer.rate * plain.time_s)]
             if asking:
                 self._look_up(index, batch, asking=asking, offers=offers)
@@ -164,10 +165,10 @@ class AutoDrafter:
         for source in self._free:
             source.end(sequences)
         for index, source in enumerate(self._models):
-            own = self._those_with(index, sequences)
-            source.end(own)
-            for memory in map(self._memory.__getitem__, own):
+            for sequence in self._those_with(index, sequences):
+                memory = self._memory[sequence]
                 self._standings[index].add(memory.won_s[index], memory.time_s)
+            source.end(sequences)
         for sequence in sequences:
             self._memory.pop(sequence, None)
         self._choose_taps()
@@ -188,7 +189,6 @@ class AutoDrafter:
             return True
         if worth >= ENOUGH:
             return False
-        self._idle[index] += 1
         return self._gains[index].at(worth) > 1 or (self._idle[index] > MIN_PATIENCE and self._budget.is_open)
 
     def _look_up(self, index: int, batch: Batch, *, asking: list[Sequence], offers: dict[Sequence, Offer]) -> None:
@@ -221,16 +221,16 @@ class AutoDrafter:
     def _ask(self, index: int, batch: Batch, *, asking: list[Sequence], offers: dict[Sequence, Offer]) -> None:
         """Ask a source with a model, and put what it drafted in the place of other offers."""
         started_s = time.perf_counter()
+        # As in engine/pace.py: catching up with the text is no part of what drafting costs from then on.
+        memories = [self._memory[sequence] for sequence in asking]
+        is_steady = all(index in memory.known and not memory.untold[index] for memory in memories)
         self._catch_up(index, asking)
         draft = self._models[index].draft(
             self._narrow(batch, [offers[sequence].rate for sequence in asking], asking=asking)
         )
         draft_s = time.perf_counter() - started_s
         self._asked_s += draft_s
-        # As in engine/pace.py: catching up with the text is no part of what drafting costs from then on.
-        is_steady = all(index in self._memory[sequence].known for sequence in asking)
-        for row, (sequence, count) in enumerate(zip(asking, draft.num_nodes, strict=True)):
-            memory = self._memory[sequence]
+        for row, (sequence, memory, count) in enumerate(zip(asking, memories, draft.num_nodes, strict=True)):
             memory.asked = _Asked(index, offers[sequence].rate, count, draft_s / len(asking), is_steady)
             memory.known.add(index)
             if count > 1:
@@ -255,7 +255,9 @@ class AutoDrafter:
                 now.append(row)
                 memory.asked = None
             else:
-                untold.append((outcome.tokens[row], outcome.taps[row]))
+                # Views would keep the states of the whole pass.
+                taps = {layer: outcome.taps[row][layer].clone() for layer in self._models[index].taps}
+                untold.append((outcome.tokens[row], taps))
                 if len(untold) >= MAX_UNTOLD:
                     late.append(sequence)
         self._catch_up(index, late if self._num_rows else sequences)
@@ -284,7 +286,8 @@ class AutoDrafter:
             earnings.add(num_tokens, num_nodes, draft_s=draft_s, is_steady=is_steady)
         # Before any step was timed the rate is no rate.
         if self._budget.time_s:
-            won_s = num_tokens / offered - draft_s - self._costs[0] - self._costs[1] * num_nodes
+            won_s = num_tokens / offered - self._costs[0] - self._costs[1] * num_nodes if num_nodes > 1 else 0.0
+            won_s -= draft_s
             memory.won_s[source] += won_s
             self._lost_s -= won_s
 

@@ -22,7 +22,7 @@ TRY_SHARE = 0.01
 # texts that this is an average of.
 MIN_SAVED, MAX_TEXTS, RECENT_TEXTS = 0.03, 32, 4
 # Steps are told apart by what they promise, in plain steps: in levels this wide, from one plain step on.
-NUM_LEVELS, LEVEL_WIDTH = 8, 0.25
+NUM_LEVELS, LEVEL_WIDTH = 4, 0.25
 # How far rows must have varied for times to count as much as what was known of them.
 PRIOR_SPREAD = 20.0
 

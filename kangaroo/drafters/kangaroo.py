@@ -37,6 +37,8 @@ COMPLETED = ("gamma", "eta", "num_siblings", "max_nodes")
 DEFAULTS = (6, 0.6, 1, MAX_NODES)
 # Long prompts reach the adapter in blocks, so that its attention mask stays small.
 FEED_ROWS = 512
+# What stands for the draws of a sequence that gets no guesses.
+NO_DRAW = 0, 0.0, 0, 1.0, 0.0
 # States that may wait for the next draft, which feeds them beside its own.
 FEW_ROWS = 16
 
@@ -119,7 +121,7 @@ class KangarooDrafter:
         most = [min(longest, sequence.max_draft) for sequence in batch.sequences]
         if not any(most):
             return draft_roots(batch)
-        draws = [self._memory[sequence].draw for sequence in batch.sequences]
+        draws = [self._memory[sequence].draw for sequence, depth in zip(batch.sequences, most, strict=True) if depth]
         if self._adapter.packed is not None and None not in draws:
             return self._draft_in_one_call(batch, most)
         growths = [
@@ -246,11 +248,10 @@ class KangarooDrafter:
         starts, pending = [], []
         for sequence, depth in zip(batch.sequences, most, strict=True):
             memory, slot = self._memory[sequence], sequence.slot
-            assert memory.draw is not None, "the native kernels must be able to draw"
             states = self._shorten(sequence, FEED_ROWS) if depth else self._nothing
             pending.append(states)
             starts.append((slot, batch.cache.lengths[slot], slot, self._cache.lengths[slot], sequence.tokens[-1],
-                           states.shape[0], depth, memory.draw))  # fmt: skip
+                           states.shape[0], depth, memory.draw or NO_DRAW))  # fmt: skip
         stopping, branching = self._stopping, self._branching
         drafted, states = cast("PackedTransformer", self._target).draft(
             (batch.cache, self._cache),

@@ -125,7 +125,8 @@ class RetrievalSettings:
 
 @dataclass(frozen=True)
 class AutoSettings:
-    """Which drafters share the work, each with its own defaults, but that prompt lookup may draft all a draft holds.
+    """Which drafters share the work, each with its own defaults, but that prompt lookup looks for 5 tokens and may
+    draft all that a draft holds.
 
     sources: names, lookups being asked before those that run a model; none for prompt lookup and all that lies beside
     the model: a datastore, an adapter, heads, a skip list, a draft model. datastore, references: retrieval's and prompt

@@ -117,7 +117,7 @@ class Engine:
 
     def _make_room(self, admitted: SequenceOf[Decoding]) -> None:
         num_slots = max(one.max_tokens for one in admitted) + MAX_NODES
-        num_slots = max(-(-num_slots // SLOT_BLOCK) * SLOT_BLOCK, self._cache.num_slots)
+        num_slots = -(-num_slots // SLOT_BLOCK) * SLOT_BLOCK
         sequences = [_sequence(one) for one in admitted]
         self._cache.reserve(1 + max(one.slot for one in sequences), num_slots)
         for sequence in sequences:

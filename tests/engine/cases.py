@@ -1,6 +1,7 @@
 """The drafters, targets and kernels that losslessness is tested with; a new drafter joins as a line of CASES."""
 
 import functools
+import itertools
 import math
 import random
 import tempfile
@@ -140,26 +141,29 @@ def gated(factory: Factory, threshold: float) -> Factory:
 class EveryOther(Earnings):
     """Has its source asked in every other step, however fast the machine is."""
 
-    is_due = False
+    def __init__(self, is_due: bool) -> None:
+        super().__init__()
+        self.is_due = is_due
 
     def rate(self, costs: tuple[float, float]) -> float:
         self.is_due = not self.is_due
         return math.inf if self.is_due else 0.0
 
     def share(self) -> Earnings:
-        return EveryOther()
+        return EveryOther(self.is_due)
 
 
-def auto(free: SequenceOf[Factory], models: SequenceOf[Factory]) -> Factory:
+def auto(free: SequenceOf[Factory], models: SequenceOf[Factory], takes_part: SequenceOf[bool] = (True,)) -> Factory:
+    """takes_part: whether models take part in the texts to come, by turns."""
+
     def build(target: Transformer, texts: Texts) -> Drafter:
         drafter = AutoDrafter(
             [factory(target, texts) for factory in free], [factory(target, texts) for factory in models]
         )
-        drafter._earnings = [EveryOther() for _ in models]
-        # Whatever they lose, they take part.
+        drafter._earnings = [EveryOther(index % 2 == 1) for index in range(len(models))]
         drafter._budget.lost_s = -math.inf
         for standing in drafter._standings:
-            standing.saved = math.inf
+            standing.take_part = functools.partial(next, itertools.cycle(takes_part))
         return drafter
 
     return build
@@ -219,6 +223,7 @@ CASES = [
     Case("auto-draft_model", auto([lookup(PromptLookupSettings())], [draft_model(FixedLength(4))])),
     Case("auto-layer_skip", auto([lookup_in_references(PromptLookupSettings())],
                                  [layer_skip(FixedLength(4), Branching(3, 16))])),
+    Case("auto-sitting-out", auto([lookup(PromptLookupSettings())], [kangaroo(FixedLength(4))], (True, False))),
     Case("auto-four", auto([lookup_in_references(FOUR_SIBLINGS), retrieval(RetrievalSettings(min_ngram=1))],
                            [kangaroo(ConfidenceThreshold(6, 0.1)), medusa(FixedLength(3), Branching(3, 12))])),
 ]  # fmt: skip

@@ -221,18 +221,19 @@ def test_request_after_one_that_could_not_begin_is_decoded(target: Transformer, 
 def test_request_there_is_no_room_for_leaves_those_that_came_with_it_alone(target: Transformer) -> None:
     class Narrow(PlainDrafter):
         def begin(self, sequences: SequenceOf[Sequence], *, num_slots: int) -> None:
-            if any(len(one.tokens) > len(PROMPT) for one in sequences):
+            if num_slots > 256:
                 raise MemoryError
 
     engine = Engine(target, Narrow())
     wishes = SamplingParams(max_new_tokens=12)
-    begun = [submit(engine, wishes, prompt=prompt) for prompt in (PROMPT, (*PROMPT, 1), PROMPT)]
+    begun = [submit(engine, one) for one in (wishes, SamplingParams(max_new_tokens=300), wishes)]
     assert begun[1] in engine.step()
     for decoding in begun:
         engine.run(decoding)
     assert [one.finish_reason for one in begun] == ["length", "error", "length"]
     assert isinstance(begun[1].error, MemoryError)
     assert begun[0].new_tokens == begun[2].new_tokens == decode(Engine(target, PlainDrafter()), wishes).new_tokens
+    assert decode(engine, wishes).new_tokens == begun[0].new_tokens
     assert engine.scheduler.num_free_slots == Limits().max_batch_size
 
 

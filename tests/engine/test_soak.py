@@ -137,7 +137,9 @@ class Soak:
         assert not self.engine.scheduler.running
         assert not any(drafter._memory for drafter in self.drafters())
         assert not self.to_give_up
-        assert self.engine.pace is None or not self.engine.pace._drafted
+        if self.engine.pace is not None:
+            assert not self.engine.pace._drafted
+            assert not self.engine.pace._texts
 
     def drafters(self) -> Iterator[AutoDrafter | KangarooDrafter]:
         """Those of the engine that hold something for each text."""

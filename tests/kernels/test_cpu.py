@@ -417,6 +417,8 @@ def test_norms_and_tables_of_another_form_are_refused() -> None:
     small = SmallStack()
     for tables in (small.tables[:1], small.tables[..., :4], small.tables.double(), small.tables.transpose(1, 2)):
         refused(lambda tables=tables: small.run(noise(1, 20), small.cache(), (0, 0, 1, None, 0), tables=tables))
+    narrow = small.tables[..., :4].contiguous()
+    refused(lambda: small.run(noise(1, 20), small.cache(), (0, 0, 1, None, 0), tables=narrow), "for heads of")
 
 
 def test_passes_without_rows_are_refused() -> None:
