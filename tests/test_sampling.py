@@ -335,6 +335,7 @@ def test_single_tokens_over_positions_of_one_seed_follow_the_exact_distribution(
     params, counts = SamplingParams(**MARKOV_SETTINGS, seed=12), Counter[int]()
     for position in range(15_000):
         prefix = type("Moved", (Prefix,), {"num_tokens": position})([3, 4], stop_ids=STOP_IDS)
+        prefix.num_prompt_tokens = position
         counts[choose(MARKOV[4], params, prefix=prefix)] += 1
     assert_follows(counts, dict(enumerate(exact_probs((3, 4), num_prompt_tokens=2))))
 

@@ -15,8 +15,9 @@ from kangaroo.bench.limits import (
 )
 from kangaroo.bench.texts import Run
 from kangaroo.cost import StepCosts
+from kangaroo.drafters.base import Sequence
 from kangaroo.model import packed
-from kangaroo.types import Draft, Outcome
+from kangaroo.types import Draft, Outcome, Request, SamplingParams
 from tests.tiny import tiny_config, tiny_transformer
 
 PLAIN = Run(num_tokens=100, num_steps=100, num_drafted=0, num_accepted=0, num_timed=100, decode_time_s=2.0,
@@ -67,10 +68,11 @@ def test_nodes_beside_others_cost_what_they_do() -> None:
 
 
 def test_levels_are_counted_apart_from_nodes() -> None:
-    counter = LevelCounter()
+    counter, sequence = LevelCounter(), Sequence(Request((1,), SamplingParams()), 0)
     assert counter.level_share == 1.0
     for parents, path in (([(-1, 0, 0, 1, 1)], [0, 1]), ([(-1, 0, 1)], [0]), ([(-1,)], [0])):
         draft = Draft(tokens=[list(range(len(parents[0])))], parents=parents)
+        counter.limit([sequence])
         counter.observe(draft, Outcome((path,), ((7,),), ()), draft_time_s=1.0, verify_time_s=1.0)
     assert (counter.num_drafted, counter.num_levels) == (6, 4)
     assert counter.num_drafting == 2
