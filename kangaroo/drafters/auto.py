@@ -194,9 +194,7 @@ class AutoDrafter:
     def _look_up(self, index: int, batch: Batch, *, asking: list[Sequence], offers: dict[Sequence, Offer]) -> None:
         """Ask a free source, and put what it offers where that is better."""
         started_s = time.perf_counter()
-        draft = self._free[index].draft(
-            self._narrow(batch, [offers[sequence].rate for sequence in asking], asking=asking)
-        )
+        draft = self._free[index].draft(self._narrow(batch, offers, asking=asking))
         draft_s = 0.0
         if index:
             draft_s = (time.perf_counter() - started_s) / len(asking)
@@ -225,9 +223,7 @@ class AutoDrafter:
         memories = [self._memory[sequence] for sequence in asking]
         is_steady = all(index in memory.known and not memory.untold[index] for memory in memories)
         self._catch_up(index, asking)
-        draft = self._models[index].draft(
-            self._narrow(batch, [offers[sequence].rate for sequence in asking], asking=asking)
-        )
+        draft = self._models[index].draft(self._narrow(batch, offers, asking=asking))
         draft_s = time.perf_counter() - started_s
         self._asked_s += draft_s
         for row, (sequence, memory, count) in enumerate(zip(asking, memories, draft.num_nodes, strict=True)):
@@ -236,9 +232,9 @@ class AutoDrafter:
             if count > 1:
                 offers[sequence] = Offer(math.inf, math.inf, draft, row, count)
 
-    def _narrow(self, batch: Batch, rates: list[float], *, asking: list[Sequence]) -> Batch:
-        """The batch of those who ask, at the price of a node where they have these tokens a second already."""
-        price = min(1.0, self._costs[1] * min(rates))
+    def _narrow(self, batch: Batch, offers: dict[Sequence, Offer], *, asking: list[Sequence]) -> Batch:
+        """The batch of those who ask, at the price of a node where they have these offers already."""
+        price = min(1.0, self._costs[1] * min([offers[sequence].rate for sequence in asking]))
         # One price for all nodes, or trees would lose their likeliest and keep its siblings.
         return Batch(batch.target, batch.cache, asking, Prices(price, price if batch.prices.chain else 0.0))
 

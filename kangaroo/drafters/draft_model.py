@@ -8,7 +8,6 @@ from __future__ import annotations
 
 from collections.abc import Sequence as SequenceOf
 from itertools import takewhile
-from typing import TYPE_CHECKING
 
 import torch
 from torch import Tensor
@@ -24,9 +23,6 @@ from kangaroo.model.checkpoint import LoadedModel, load_model
 from kangaroo.model.transformer import Transformer
 from kangaroo.sampling import needs_logits
 from kangaroo.types import Draft, Outcome
-
-if TYPE_CHECKING:
-    pass
 
 # Long prompts reach the draft model in blocks, so that a pass stays small.
 FEED_ROWS = 512
