@@ -17,6 +17,9 @@ namespace {
 constexpr int kSpinsPerBarrier = 4000;
 constexpr std::chrono::microseconds kSpinBetweenCalls(300);
 
+// What a waiting thread fetches at most, in cache lines: what the nearest caches have room for.
+constexpr size_t kMostLines = 8192;
+
 // The default floating-point mode, for as long as this lives: rounding to nearest, and denormal numbers kept, whatever
 // the thread had before. The mode is each thread's own, and a value must not depend on the thread that computes it.
 class DefaultMode {
@@ -49,7 +52,7 @@ inline void pause() {
 
 }  // namespace
 
-void Barrier::wait(size_t num_threads) {
+void Barrier::wait(size_t num_threads, std::initializer_list<Stretch> coming) {
   if (num_threads == 1) return;
   const size_t phase = phase_.load(std::memory_order_relaxed);
   if (arrived_.fetch_add(1, std::memory_order_acq_rel) + 1 == num_threads) {
@@ -59,6 +62,13 @@ void Barrier::wait(size_t num_threads) {
       phase_.store(phase + 1, std::memory_order_release);
     }
     return passed_.notify_all();
+  }
+  size_t num_lines = 0;
+  for (const auto& [first, last] : coming) {
+    for (const char* line = first; line < last && num_lines < kMostLines; line += 64, ++num_lines) {
+      if (phase_.load(std::memory_order_acquire) != phase) return;
+      __builtin_prefetch(line, 0, 2);
+    }
   }
   for (int spins = 0; spins < kSpinsPerBarrier; ++spins) {
     if (phase_.load(std::memory_order_acquire) != phase) return;

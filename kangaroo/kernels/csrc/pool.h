@@ -5,17 +5,22 @@
 #include <condition_variable>
 #include <cstddef>
 #include <functional>
+#include <initializer_list>
 #include <memory>
 #include <mutex>
 #include <thread>
+#include <utility>
 #include <vector>
 
 namespace kangaroo {
 
+// Memory that is about to be read: [first, last).
+using Stretch = std::pair<const char*, const char*>;
+
 class Barrier {
  public:
-  // Return once num_threads threads have called; spins for a moment, then sleeps.
-  void wait(size_t num_threads);
+  // Return once num_threads threads have called; fetches what is to come, spins for a moment, then sleeps.
+  void wait(size_t num_threads, std::initializer_list<Stretch> coming);
 
  private:
   std::atomic<size_t> arrived_{0}, phase_{0};
@@ -31,8 +36,9 @@ class Team {
 
   const size_t thread, num_threads;
 
-  // Wait until every thread has arrived; what they wrote before is visible afterwards.
-  void meet() { barrier_.wait(num_threads); }
+  // Wait until every thread has arrived, and meanwhile fetch what is to come; what they wrote before is visible
+  // afterwards.
+  void meet(std::initializer_list<Stretch> coming = {}) { barrier_.wait(num_threads, coming); }
 
   // The share of this thread in num_items items: [first, last).
   std::pair<size_t, size_t> share(size_t num_items) const {

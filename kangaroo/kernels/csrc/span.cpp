@@ -40,6 +40,21 @@ const float* norm_rows(const Pass& pass, const float* hidden, const std::vector<
                    pass.scratch.normed, team);
 }
 
+// A weight's panels, this thread's share first; nothing where it is not known.
+std::pair<Stretch, Stretch> panels_of(const Weight* weight, const Team& team) {
+  if (!weight) return {};
+  const char* first = weight->panels->as<char>();
+  const char* own = first + share_of(*weight, team).first * weight->panel_size() * bytes_of(weight->storage);
+  return {{own, first + weight->panels->num_bytes()}, {first, own}};
+}
+
+// Wait for the other threads, and meanwhile fetch the weights that are multiplied next.
+void meet_before(const Weight* next, const Weight* following, Team& team) {
+  const auto [own, rest] = panels_of(next, team);
+  const auto [following_own, following_rest] = panels_of(following, team);
+  team.meet({own, rest, following_own, following_rest});
+}
+
 // out [rows, num_outputs] = x times weight, each thread its share of the panels.
 void project(const Upcoming& upcoming, const float* x, size_t num_rows, size_t row_stride, float* out,
              size_t out_stride, const Team& team) {
@@ -76,7 +91,7 @@ void project_and_add(const Pass& pass, const Upcoming& upcoming, const float* x,
   const Strides strides(pass);
   if (!post_norm.empty()) {
     project(upcoming, x, pass.num_rows, row_stride, pass.scratch.update, strides.normed, team);
-    team.meet();
+    meet_before(upcoming.second, nullptr, team);
     const auto [first, last] = team.share(pass.num_rows);
     for (size_t row = first; row < last; ++row) {
       float* update = pass.scratch.update + row * strides.normed;
@@ -85,7 +100,7 @@ void project_and_add(const Pass& pass, const Upcoming& upcoming, const float* x,
         pass.out[row * strides.hidden + i] = hidden[row * strides.hidden + i] + update[i];
       }
     }
-    return team.meet();
+    return meet_before(upcoming.second, nullptr, team);
   }
   multiply_weight(upcoming, x, pass.num_rows, row_stride, team,
                   [&](size_t row, size_t panel, size_t taken, const float* values) {
@@ -96,7 +111,7 @@ void project_and_add(const Pass& pass, const Upcoming& upcoming, const float* x,
                                   load_first(hidden + at, count) + finished(weight, panel + p, values + p * 16), count);
                     }
                   });
-  team.meet();
+  meet_before(upcoming.second, nullptr, team);
 }
 
 // x * cosine + roll(x, E / 2) * sine, in place.
@@ -140,17 +155,28 @@ void place_heads(const Pass& pass, size_t layer_id, const Strides& strides, cons
   }
 }
 
+size_t num_blocks(const Segment& segment) { return (segment.num_rows + kScoreRows - 1) / kScoreRows; }
+
 void attend_all(const Pass& pass, size_t layer_id, const Strides& strides, const Team& team) {
   // Tasks are blocks of a segment's rows under one head, dealt out in turn so that the long rows at the end of a prompt
-  // are spread out. Smaller blocks would come out more even, but read the keys and values more often.
+  // are spread out. Smaller blocks would come out more even, but read the keys and values more often: only tasks left
+  // over, fewer than there are threads, are divided by rows.
   const size_t num_heads = pass.shape->num_heads;
+  size_t num_tasks = 0;
+  for (const Segment& segment : pass.segments) num_tasks += num_blocks(segment) * num_heads;
+  const size_t num_left = num_tasks % team.num_threads, num_parts = num_left ? team.num_threads / num_left : 1;
   size_t task_id = 0;
   for (const Segment& segment : pass.segments) {
-    for (size_t first = 0; first < segment.num_rows; first += kScoreRows) {
-      const size_t left = segment.num_rows - first, count = left < kScoreRows ? left : kScoreRows;
+    for (size_t block = 0; block < num_blocks(segment); ++block) {
+      const size_t first = block * kScoreRows, count = std::min(kScoreRows, segment.num_rows - first);
       for (size_t head = 0; head < num_heads; ++head, ++task_id) {
-        if (task_id % team.num_threads != team.thread) continue;
-        attend(pass, layer_id, {head, segment.first_row + first, count}, strides.qkv, strides.attended,
+        const bool is_left = task_id >= num_tasks - num_left;
+        const size_t taker = is_left ? (task_id - (num_tasks - num_left)) * num_parts : task_id % team.num_threads;
+        const size_t part = team.thread - taker, of = is_left ? num_parts : 1;
+        if (team.thread < taker || part >= of) continue;
+        const size_t from = count * part / of, to = count * (part + 1) / of;
+        if (from == to) continue;
+        attend(pass, layer_id, {head, segment.first_row + first + from, to - from}, strides.qkv, strides.attended,
                pass.scratch.scores[team.thread]);
       }
     }
@@ -162,11 +188,11 @@ void run_attention(const Pass& pass, size_t layer_id, const float* hidden, Team&
   const Strides strides(pass);
   const float* normed = norm_rows(pass, hidden, layer.input_norm, team);
   project({*layer.qkv, layer.output.get()}, normed, pass.num_rows, strides.normed, pass.scratch.qkv, strides.qkv, team);
-  team.meet();
+  meet_before(layer.output.get(), layer.after_output, team);
   place_heads(pass, layer_id, strides, team);
-  team.meet();
+  meet_before(layer.output.get(), layer.after_output, team);
   attend_all(pass, layer_id, strides, team);
-  team.meet();
+  meet_before(layer.output.get(), layer.after_output, team);
   project_and_add(pass, {*layer.output, layer.after_output}, pass.scratch.attended, strides.attended, hidden,
                   layer.post_attention_norm, team);
 }
@@ -176,7 +202,7 @@ void run_mlp(const Pass& pass, size_t layer_id, const float* hidden, Team& team)
   const Strides strides(pass);
   const float* normed = norm_rows(pass, hidden, layer.mlp_norm, team);
   project_and_gate(pass, {*layer.gate_up, layer.down.get()}, normed, strides, team);
-  team.meet();
+  meet_before(layer.down.get(), layer.after_down, team);
   project_and_add(pass, {*layer.down, layer.after_down}, pass.scratch.gated, strides.gated, hidden,
                   layer.post_mlp_norm, team);
 }
