@@ -152,9 +152,9 @@ class Draft:
     tokens, parents: for every sequence those of each node, the root's parent being -1. Tokens still under way on the
     device are a tensor [B, N] int64, padded with anything; the trees' shapes are the host's.
     hidden: [R, D], the nodes' states entering layer resume_layer, packed sequence by sequence; None where
-    resume_layer is 0. confidence: for every sequence the draft's raw top-1 probability that proposed each node, 1 for
-    roots, or what a lookup makes of its matches; None where the drafter has none, or the host does not
-    know it.
+    resume_layer is 0. The drafter may write those of its next draft in the same place.
+    confidence: for every sequence the draft's raw top-1 probability that proposed each node, 1 for roots, or what a
+    lookup makes of its matches; None where the drafter has none, or the host does not know it.
     proposals: for every sequence, by node, the distribution [V] that its children were drawn from, float64; a node
     that has none drew its children from no distribution. None where no request asks for it (SamplingParams.acceptance).
     """
@@ -166,7 +166,7 @@ class Draft:
     confidence: Sequence[Sequence[float]] | None = None
     proposals: Sequence[Mapping[int, ndarray]] | None = None
 
-    @cached_property
+    @property
     def num_nodes(self) -> tuple[int, ...]:
         """Nodes of every sequence, the root included."""
         return tuple(map(len, self.parents))
@@ -183,7 +183,7 @@ class Outcome:
 
     paths: tuple[tuple[int, ...], ...]
     tokens: tuple[tuple[int, ...], ...]
-    taps: tuple[dict[int, Tensor], ...]
+    taps: tuple[Mapping[int, Tensor], ...]
 
 
 @dataclass(frozen=True)

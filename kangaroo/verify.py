@@ -59,7 +59,8 @@ def walk(
     tokens, parents: N each. pick(node, drafted): the target's token after the node, asked once for every accepted node;
     drafted: the tokens from below the root down to the node, a list that grows with the walk.
     """
-    path, drafted, last = [0], list[int](), 0
+    path, last = [0], 0
+    drafted: list[int] = []
     wanted = pick(0, drafted)
     # Parents precede their children, so one sweep meets every continuation in order.
     for node in range(1, len(tokens)):

@@ -106,6 +106,7 @@ class KangarooDrafter:
         self._branching = branching
         self._cache = adapter.new_cache(target, num_sequences=1, num_slots=1)
         self._memory: dict[Sequence, _Memory] = {}
+        self._room = cast("PackedTransformer", target).new_room() if adapter.packed is not None else None
 
     def begin(self, sequences: SequenceOf[Sequence], *, num_slots: int) -> None:
         """Make room in the adapter's own cache; one without attention never fills it."""
@@ -162,13 +163,14 @@ class KangarooDrafter:
         Those of a prompt do not, unless it looks as if nothing will be drafted.
         """
         for sequence, path, taps in zip(sequences, outcome.paths, outcome.taps, strict=True):
-            memory, states = self._memory[sequence], taps[self.exit_layer]
+            memory = self._memory[sequence]
+            kept: list[int] = []
             if memory.fed and self._attends:
                 kept = list(takewhile(memory.fed.__contains__, path))
                 self._cache.keep(sequence.slot, kept)
-                states = states[len(kept) :]
-            if self._attends:
-                memory.pending.append(states)
+            if self._attends and len(kept) < len(path):
+                # The next draft writes where these lie.
+                memory.pending.append(taps[self.exit_layer][len(kept) :].clone())
                 if sequence.max_draft > 0 and sum([one.shape[0] for one in memory.pending]) > FEW_ROWS:
                     memory.pending = [self._shorten(sequence, 0)]
             if memory.num_drafted:
@@ -207,7 +209,9 @@ class KangarooDrafter:
     def _shorten(self, sequence: Sequence, num_left: int) -> Tensor:
         """Feed the adapter pending states until at most so many are left; returns those."""
         memory, slot = self._memory[sequence], sequence.slot
-        pending = memory.pending[0] if len(memory.pending) == 1 else torch.cat([self._nothing, *memory.pending])
+        if not memory.pending:
+            return self._nothing
+        pending = memory.pending[0] if len(memory.pending) == 1 else torch.cat(memory.pending)
         while pending.shape[0] > num_left:
             rows, pending = pending[:FEED_ROWS], pending[FEED_ROWS:]
             block = place_nodes(self._cache, slot, num_rows=len(rows))
@@ -245,6 +249,7 @@ class KangarooDrafter:
     def _draft_in_one_call(self, batch: Batch, most: SequenceOf[int]) -> Draft:
         """The same trees, at most so deep, on packed weights, without returning to Python between levels."""
         assert self._adapter.packed is not None, "packed weights only"
+        assert self._room is not None
         starts, pending = [], []
         for sequence, depth in zip(batch.sequences, most, strict=True):
             memory, slot = self._memory[sequence], sequence.slot
@@ -258,7 +263,7 @@ class KangarooDrafter:
             self._adapter.packed,
             starts=starts,
             plan=(self.exit_layer, branching.num_siblings, branching.max_nodes, stopping.threshold, *batch.prices),
-            pending=pending[0] if len(pending) == 1 else torch.cat(pending),
+            states=(pending[0] if len(pending) == 1 else torch.cat(pending), self._room),
             head=(cast("PackedTransformer", self._head), self._adapter.final_norm),
         )
         for sequence, start, (_, parents, _) in zip(batch.sequences, starts, drafted, strict=True):

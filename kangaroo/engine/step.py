@@ -3,7 +3,7 @@
 Shapes: B sequences, N draft nodes (padded), R packed nodes of all sequences, D hidden size, V vocabulary.
 """
 
-from collections.abc import Callable
+from collections.abc import Callable, Iterator, Mapping
 from collections.abc import Sequence as SequenceOf
 from itertools import accumulate
 
@@ -76,17 +76,17 @@ def verify_draft(batch: Batch, drafter: Drafter, *, draft: Draft) -> Outcome:
     all_tokens = draft.tokens.tolist() if isinstance(draft.tokens, Tensor) else draft.tokens
     paths, emitted, tapped, first_row = [], [], [], 0
     for row, sequence in enumerate(batch.sequences):
-        path, picked = [0], list[int]()
+        path: list[int] = [0]
+        picked: list[int] = []
         if sequence.error is None:  # drafting may have brought about one
             try:
                 path, picked = _verify(draft, row, tokens=all_tokens[row], choices=choices, sequence=sequence)
             except Exception as error:  # as in prefill()
                 sequence.error = error
         batch.cache.keep(sequence.slot, path)
-        rows = _select(path, first_row)
         paths.append(tuple(path))
         emitted.append(tuple(picked))
-        tapped.append({layer: states[rows] for layer, states in taps.items()})
+        tapped.append(_Taps(taps, path, first_row=first_row))
         first_row += draft.num_nodes[row]
     outcome = Outcome(paths=tuple(paths), tokens=tuple(emitted), taps=tuple(tapped))
     drafter.accept(batch.sequences, outcome)
@@ -186,8 +186,21 @@ def _enter(draft: Draft, target: Transformer) -> Tensor | list[int]:
     return [token for row in draft.tokens for token in row]
 
 
-def _select(path: list[int], first_row: int) -> slice | Tensor:
-    """The packed rows of a path's nodes; those of a chain are a slice, which needs no index on the device."""
-    if path == list(range(len(path))):
-        return slice(first_row, first_row + len(path))
-    return torch.tensor(path) + first_row
+class _Taps(Mapping[int, Tensor]):
+    """The tapped states [K, D] of one sequence's path, cut out of the pass's [R, D] only where they are asked for."""
+
+    def __init__(self, states: Mapping[int, Tensor], path: list[int], *, first_row: int) -> None:
+        self._states, self._path, self._first_row = states, path, first_row
+
+    def __getitem__(self, layer: int) -> Tensor:
+        first, path = self._first_row, self._path
+        if path == list(range(len(path))):
+            # A slice needs no index on the device.
+            return self._states[layer][first : first + len(path)]
+        return self._states[layer][torch.tensor(path) + first]
+
+    def __iter__(self) -> Iterator[int]:
+        return iter(self._states)
+
+    def __len__(self) -> int:
+        return len(self._states)

@@ -184,6 +184,23 @@ class Stack:
 Place = tuple[_native.Stack, Cache, tuple[int, int, int]]
 
 
+class Room:
+    """Memory for states [R, D] that is written anew by every call, with views that are made once for every R."""
+
+    def __init__(self, hidden_size: int) -> None:
+        self._states = torch.empty(0, hidden_size)
+        self._views: dict[int, Tensor] = {}
+
+    def take(self, num_rows: int) -> Tensor:
+        """So many rows; what earlier calls took lies in the same place until more are asked for than ever before."""
+        if num_rows > self._states.shape[0]:
+            self._states, self._views = torch.empty(num_rows, self._states.shape[1]), {}
+        view = self._views.get(num_rows)
+        if view is None:
+            view = self._views[num_rows] = self._states[:num_rows]
+        return view
+
+
 class Head:
     """A packed head: norm, product, soft cap and argmax in one call."""
 
@@ -212,29 +229,29 @@ class Head:
 
     def draft(
         self, target: Place, adapter: Place, *, starts: Sequence[Start], plan: Plan,
-        pending: Tensor, embedding_norm: tuple[Weight, float, Tensor]
+        states: tuple[Tensor, Room], embedding_norm: tuple[Weight, float, Tensor]
     ) -> tuple[list[Nodes], Tensor]:  # fmt: skip
         """Draft in one call: layers [0, e) of target, the adapter's one layer, norm [D], this head.
 
         plan: exit layer e, siblings a node may have, most nodes of a draft, the confidence below which a node gets no
-        children, and what a branch and a chain's token must promise; trees grow as drafters/tree.py says. pending:
-        [P, D], states entering layer e that the adapter has not seen, sequence by sequence; embedding_norm: the
-        embedding, its scale, and the norm. Returns every sequence's nodes, and the states [R, D] of all of them that
-        enter layer e.
+        children, and what a branch and a chain's token must promise; trees grow as drafters/tree.py says. states:
+        those [P, D] entering layer e that the adapter has not seen, sequence by sequence, and room for new ones;
+        embedding_norm: the embedding, its scale, and the norm. Returns every sequence's nodes, and, in that room, the
+        states [R, D] of all of them that enter layer e.
         """
-        embedding, scale, norm = embedding_norm
+        (embedding, scale, norm), (pending, room) = embedding_norm, states
         size, num_pending = self.weight.num_inputs, pending.shape[0]
         num_rows = sum([plan[2] if plan[1] > 1 else min(plan[2], start[6] + 1) for start in starts])
-        states = torch.empty(num_rows, size)
+        written = _address(room.take(num_rows), (num_rows, size))
         drafted = _native.draft(
             target,
             adapter,
             starts,
             plan,
-            (_address(pending, (num_pending, size)), num_pending, states.data_ptr(), num_rows),
+            (_address(pending, (num_pending, size)), num_pending, written, num_rows),
             (embedding, scale, self.weight, _address(norm, (size,)), self._norm_eps, self._softcap),
         )
-        return drafted, states[: sum([len(tokens) for tokens, _, _ in drafted])]
+        return drafted, room.take(sum([len(tokens) for tokens, _, _ in drafted]))
 
     def describe(self, norm: Tensor | None, out: tuple[int, int, int]) -> HeadPass:
         """This head under a norm [D], as the native kernels take it; out: addresses of logits, argmax, confidence."""

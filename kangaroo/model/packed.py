@@ -141,6 +141,10 @@ class PackedTransformer(Transformer):
         """An empty cache for this model's keys and values."""
         return self._stack.new_cache(num_sequences, num_slots)
 
+    def new_room(self) -> cpu.Room:
+        """Memory for the states that draft() writes."""
+        return cpu.Room(self.config.hidden_size)
+
     def embed(self, tokens: Tensor | list[int]) -> Tensor:
         """Hidden states [R, D] that enter layer 0 for tokens [R]."""
         hidden = cpu.gather(self._embedding, tokens if isinstance(tokens, list) else tokens.tolist())
@@ -176,18 +180,19 @@ class PackedTransformer(Transformer):
 
     def draft(
         self, caches: tuple[KVCache, KVCache], adapter: PackedStack, *, starts: Sequence[cpu.Start],
-        plan: cpu.Plan, pending: Tensor, head: tuple["PackedTransformer", Tensor]
+        plan: cpu.Plan, states: tuple[Tensor, cpu.Room], head: tuple["PackedTransformer", Tensor]
     ) -> tuple[list[cpu.Nodes], Tensor]:  # fmt: skip
         """Draft with layers [0, e) and an adapter in one call, caches being theirs; cpu.Head.draft says how.
 
-        head: the model whose head guesses, and the norm [D] before it.
+        states: those that are pending, and a new_room() for others; head: the model whose head guesses, and
+        the norm [D] before it.
         """
         return head[0]._head.draft(
             self._stack.place(caches[0]),
             adapter.place(caches[1]),
             starts=starts,
             plan=plan,
-            pending=pending,
+            states=states,
             embedding_norm=(self._embedding, self.config.embedding_scale, head[1]),
         )
 

@@ -3,6 +3,7 @@
 from collections import Counter
 from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
+from dataclasses import replace
 from itertools import product
 from pathlib import Path
 from typing import Any
@@ -445,7 +446,8 @@ class Probing:
 
     def draft(self, batch: Batch) -> Draft:
         draft = self._draft(batch)
-        self.drafts.append(draft)
+        # The next draft's states are written where these lie.
+        self.drafts.append(replace(draft, hidden=None if draft.hidden is None else draft.hidden.clone()))
         stack, adapter = self._target._stack, self._drafter._adapter.packed
         assert adapter is not None
         for sequence, parents in zip(batch.sequences, draft.parents, strict=True):
