@@ -14,7 +14,7 @@ import torch
 from pydantic import Field
 from torch import Tensor
 
-from kangaroo.drafters.companion import Companion, CompanionConfig, fingerprint
+from kangaroo.drafters.companion import Companion, CompanionConfig, choose_storage, fingerprint
 from kangaroo.errors import AdapterError, KernelError
 from kangaroo.kernels import REFERENCE, reference
 from kangaroo.model.cache import KVCache
@@ -134,16 +134,17 @@ class Adapter:
         return adapter
 
     def pack(self, target: "PackedTransformer") -> "Adapter":
-        """This adapter on the native kernels, its weights kept as the target's are."""
+        """This adapter on the native kernels, its weights kept as choose_storage() says."""
         from kangaroo.model.packed import PackedStack, pack
 
         # The matrices are kept once, packed; their shapes stay.
         shapes = {name: one if one.ndim == 1 else one.to("meta") for name, one in self.tensors.items()}
         packed = Adapter(self.config, self.model_config, tensors=shapes)
         packed.packed = PackedStack(self.model_config)
-        packed.packed.add_layer(self.tensors, storage=target.storage, window=None)
+        storage = choose_storage(self.tensors.values(), target.storage)
+        packed.packed.add_layer(self.tensors, storage=storage, window=None)
         if "head" in self.tensors:
-            packed._packed_head = pack(self.head(target), target.storage)
+            packed._packed_head = pack(self.head(target), storage)
         return packed
 
     @property

@@ -13,7 +13,7 @@ from pydantic import Field
 from torch import Tensor
 from torch.nn import functional
 
-from kangaroo.drafters.companion import Companion, CompanionConfig, fingerprint
+from kangaroo.drafters.companion import Companion, CompanionConfig, choose_storage, fingerprint
 from kangaroo.errors import HeadsError, KernelError
 from kangaroo.kernels import REFERENCE, reference
 from kangaroo.model.config import ModelConfig
@@ -80,7 +80,7 @@ class MedusaHeads:
         return heads if target.backend == REFERENCE else heads.pack(target)  # type: ignore[arg-type]
 
     def pack(self, target: "PackedTransformer") -> "MedusaHeads":
-        """These heads on the native kernels, their weights kept as the target's are."""
+        """These heads on the native kernels, their weights kept as choose_storage() says."""
         from kangaroo.kernels import cpu
 
         # The matrices are kept once, packed; their shapes stay.
@@ -91,11 +91,12 @@ class MedusaHeads:
         # The identity hands on the normed states.
         every = torch.cat([*weights, torch.eye(*weights[0].shape, dtype=weights[0].dtype)])
         bias = torch.cat([*biases, torch.zeros_like(biases[0])])
-        blocks = cpu.pack(every, storage=target.storage, bias=bias)
+        storage = choose_storage([*weights, *outputs], target.storage)
+        blocks = cpu.pack(every, storage=storage, bias=bias)
         packed._packed = (
             cpu.Head(blocks, norm_eps=self._norm_eps, softcap=None),
             [
-                cpu.Head(cpu.pack(output, storage=target.storage), norm_eps=self._norm_eps, softcap=self._softcap)
+                cpu.Head(cpu.pack(output, storage=storage), norm_eps=self._norm_eps, softcap=self._softcap)
                 for output in outputs
             ],
         )

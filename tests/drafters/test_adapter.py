@@ -10,7 +10,7 @@ import torch
 from torch import Tensor
 
 from kangaroo.drafters.adapter import KINDS, WEIGHTS_FILE, Adapter, Kind, attention_config, tensor_shapes
-from kangaroo.drafters.companion import CONFIG_FILE, fingerprint
+from kangaroo.drafters.companion import CONFIG_FILE, choose_storage, fingerprint
 from kangaroo.errors import AdapterError, KernelError
 from kangaroo.model import packed
 from kangaroo.model.cache import CachedPass, KVCache, Segment
@@ -134,6 +134,14 @@ def test_window_and_softcap_of_the_target_do_not_reach_the_adapter() -> None:
     assert model_config.windows == (None,)
     assert model_config.attention_softcap is None
     assert model_config.num_kv_heads == model_config.num_heads
+
+
+@pytest.mark.parametrize(("storage", "kept"), [("float32", "bfloat16"), ("float16", "float16"), ("int8", "int8")])
+def test_only_float32_weights_that_bfloat16_holds_are_kept_in_fewer_bytes(storage: str, kept: str) -> None:
+    exact = torch.randn(5, 7, generator=torch.Generator().manual_seed(0)).bfloat16().float()
+    assert choose_storage([exact, exact.bfloat16()], storage) == kept
+    exact[3, 4] = 1.001
+    assert choose_storage([exact], storage) == storage
 
 
 @pytest.mark.parametrize("exit_layer", [-1, 0, 3, 4])

@@ -217,6 +217,26 @@ def test_packed_heads_compute_a_row_alone_as_beside_others(storage: str) -> None
         torch.testing.assert_close(together, heads.predict(rows, 2), rtol=1e-4, atol=1e-4)
 
 
+def test_heads_that_bfloat16_holds_are_kept_in_half_the_bytes_and_predict_the_same(
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
+    target = make_target()
+    heads = MedusaHeads.initialize(target, 2)
+    generator = torch.Generator().manual_seed(1)
+    for name, tensor in heads.tensors.items():
+        heads.tensors[name] = (tensor + 0.2 * torch.randn(tensor.shape, generator=generator)).bfloat16().float()
+    native = packed.pack(target, "float32")
+    compact = heads.pack(native)
+    monkeypatch.setattr("kangaroo.drafters.medusa_heads.choose_storage", lambda weights, storage: storage)
+    wide = heads.pack(native)
+    assert compact._packed is not None
+    assert wide._packed is not None
+    sizes = [[head.weight.num_bytes for head in one._packed[1]] for one in (compact, wide)]
+    assert sizes[0] == [num_bytes // 2 for num_bytes in sizes[1]]
+    rows = torch.randn(5, target.config.hidden_size, generator=generator)
+    assert torch.equal(compact.predict(rows, 2), wide.predict(rows, 2))
+
+
 def test_new_heads_say_what_the_head_of_the_target_says() -> None:
     target = make_target("gemma2")
     hidden = torch.randn(5, target.config.hidden_size, generator=torch.Generator().manual_seed(0))
