@@ -28,6 +28,11 @@ class Barrier {
   std::condition_variable passed_;
 };
 
+// The part-th of num_parts shares of num_items items, as even as they come: [first, last).
+inline std::pair<size_t, size_t> share_out(size_t num_items, size_t part, size_t num_parts) {
+  return {num_items * part / num_parts, num_items * (part + 1) / num_parts};
+}
+
 // What a phase knows of its place: which of how many threads it is, and the barrier between phases.
 class Team {
  public:
@@ -41,9 +46,7 @@ class Team {
   void meet(std::initializer_list<Stretch> coming = {}) { barrier_.wait(num_threads, coming); }
 
   // The share of this thread in num_items items: [first, last).
-  std::pair<size_t, size_t> share(size_t num_items) const {
-    return {num_items * thread / num_threads, num_items * (thread + 1) / num_threads};
-  }
+  std::pair<size_t, size_t> share(size_t num_items) const { return share_out(num_items, thread, num_threads); }
 
  private:
   Barrier& barrier_;

@@ -43,8 +43,7 @@ const float* norm_rows(const Pass& pass, const float* hidden, const std::vector<
 // A weight's panels, this thread's share first; nothing where it is not known.
 std::pair<Stretch, Stretch> panels_of(const Weight* weight, const Team& team) {
   if (!weight) return {};
-  const char* first = weight->panels->as<char>();
-  const char* own = first + share_of(*weight, team).first * weight->panel_size() * bytes_of(weight->storage);
+  const char *first = weight->panels->as<char>(), *own = start_of_share(*weight, team);
   return {{own, first + weight->panels->num_bytes()}, {first, own}};
 }
 
@@ -157,26 +156,29 @@ void place_heads(const Pass& pass, size_t layer_id, const Strides& strides, cons
 
 size_t num_blocks(const Segment& segment) { return (segment.num_rows + kScoreRows - 1) / kScoreRows; }
 
+// The rows [first, last) this thread takes of a task's. Tasks are dealt out in turn, so that the long rows at the end of
+// a prompt are spread out; those left over, fewer than there are threads, are divided by rows.
+std::pair<size_t, size_t> rows_of_task(size_t task, size_t num_tasks, size_t num_rows, const Team& team) {
+  const size_t num_left = num_tasks % team.num_threads, num_whole = num_tasks - num_left;
+  const size_t num_takers = task < num_whole ? 1 : team.num_threads / num_left;
+  const size_t first_taker = task < num_whole ? task % team.num_threads : (task - num_whole) * num_takers;
+  if (team.thread < first_taker || team.thread >= first_taker + num_takers) return {0, 0};
+  return share_out(num_rows, team.thread - first_taker, num_takers);
+}
+
 void attend_all(const Pass& pass, size_t layer_id, const Strides& strides, const Team& team) {
-  // Tasks are blocks of a segment's rows under one head, dealt out in turn so that the long rows at the end of a prompt
-  // are spread out. Smaller blocks would come out more even, but read the keys and values more often: only tasks left
-  // over, fewer than there are threads, are divided by rows.
+  // Tasks are blocks of a segment's rows under one head. Smaller ones would come out more even, but read the keys and
+  // values more often.
   const size_t num_heads = pass.shape->num_heads;
-  size_t num_tasks = 0;
+  size_t num_tasks = 0, task = 0;
   for (const Segment& segment : pass.segments) num_tasks += num_blocks(segment) * num_heads;
-  const size_t num_left = num_tasks % team.num_threads, num_parts = num_left ? team.num_threads / num_left : 1;
-  size_t task_id = 0;
   for (const Segment& segment : pass.segments) {
-    for (size_t block = 0; block < num_blocks(segment); ++block) {
-      const size_t first = block * kScoreRows, count = std::min(kScoreRows, segment.num_rows - first);
-      for (size_t head = 0; head < num_heads; ++head, ++task_id) {
-        const bool is_left = task_id >= num_tasks - num_left;
-        const size_t taker = is_left ? (task_id - (num_tasks - num_left)) * num_parts : task_id % team.num_threads;
-        const size_t part = team.thread - taker, of = is_left ? num_parts : 1;
-        if (team.thread < taker || part >= of) continue;
-        const size_t from = count * part / of, to = count * (part + 1) / of;
-        if (from == to) continue;
-        attend(pass, layer_id, {head, segment.first_row + first + from, to - from}, strides.qkv, strides.attended,
+    for (size_t start = 0; start < segment.num_rows; start += kScoreRows) {
+      const size_t count = std::min(kScoreRows, segment.num_rows - start);
+      for (size_t head = 0; head < num_heads; ++head, ++task) {
+        const auto [first, last] = rows_of_task(task, num_tasks, count, team);
+        if (first == last) continue;
+        attend(pass, layer_id, {head, segment.first_row + start + first, last - first}, strides.qkv, strides.attended,
                pass.scratch.scores[team.thread]);
       }
     }

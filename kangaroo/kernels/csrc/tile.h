@@ -165,6 +165,11 @@ inline std::pair<size_t, size_t> share_of(const Weight& weight, const Team& team
   return {unit * first, unit * last};
 }
 
+// Where a thread's panels of a weight begin.
+inline const char* start_of_share(const Weight& weight, const Team& team) {
+  return weight.panels->as<char>() + share_of(weight, team).first * weight.panel_size() * bytes_of(weight.storage);
+}
+
 // A weight to multiply by, and the one after it, to be fetched in time; null where that is not known.
 using Upcoming = std::pair<const Weight&, const Weight*>;
 
@@ -179,7 +184,7 @@ void multiply_weight_as(const Upcoming& upcoming, const float* x, size_t num_row
   const W* data = weight.panels->as<W>();
   // Behind the share begins that of the weight to come; the other threads' panels are not for this one's cache.
   const Weight& following = upcoming.second ? *upcoming.second : weight;
-  const W* beyond = following.panels->as<W>() + share_of(following, team).first * following.panel_size();
+  const W* beyond = reinterpret_cast<const W*>(start_of_share(following, team));
   alignas(64) float out[kMaxRows][64];
   const TileStrides strides{row_stride, per_panel, 16, 64};
   // Scores of many rows are best served panel by panel, which stay in the cache while the rows pass by.
