@@ -90,7 +90,8 @@ def reject(
     walk(). proposal: for every node the q its children were drawn from, in order, [V], or None where they were not
     drawn: each child then counts as one-hot.
     """
-    path, picked = [0], list[int]()
+    path = [0]
+    picked: list[int] = []
     while True:
         node = path[-1]
         remaining, proposed = target(node, picked), proposal[node]
@@ -137,7 +138,8 @@ def verify_block(
             f"acceptance 'block' verifies chains only, got a draft tree with parents {list(parents)}; "
             "use acceptance 'rejection' or a drafter that drafts chains"
         )
-    drafted, joint = list[int](), 1.0
+    drafted: list[int] = []
+    joint = 1.0
     for depth, token in enumerate(tokens[1:]):
         judged, proposed = target(depth, drafted), proposal[depth]
         left = _residual(judged, proposed, token=token, scale=joint)

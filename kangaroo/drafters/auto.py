@@ -240,7 +240,8 @@ class AutoDrafter:
 
     def _tell(self, index: int, sequences: SequenceOf[Sequence], *, outcome: Outcome) -> None:
         """Tell a source with a model what was committed; where it was not asked, only once that is needed or much."""
-        now, late = list[int](), list[Sequence]()
+        now: list[int] = []
+        late: list[Sequence] = []
         for row, sequence in enumerate(sequences):
             memory = self._memory[sequence]
             untold = memory.untold[index]

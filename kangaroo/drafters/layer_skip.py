@@ -82,7 +82,8 @@ class LayerSkipDrafter:
 
     def _run(self, batch: Batch, growths: SequenceOf[Growth]) -> Tensor:
         """The states [F, D] that leave the skipping target for the nodes of every frontier."""
-        segments, tokens = [], list[int]()
+        segments = []
+        tokens: list[int] = []
         for growth in growths:
             frontier = growth.tree.frontier
             segments.append(place_frontier(batch.cache, growth))

@@ -107,7 +107,9 @@ def merge(
     discounting (Ney, Essen and Kneser 1994), see DISCOUNT for d, and the chance of that times its parent's. One below
     the threshold gets no children.
     """
-    tokens, parents, confidences = list[int](), list[int](), list[float]()
+    tokens: list[int] = []
+    parents: list[int] = []
+    confidences: list[float] = []
     # Negated chance, a number that sets equals in the order found, depth, parent, token, confidence and continuations.
     waiting: list[tuple[float, int, int, int, int, float, SequenceOf[SequenceOf[int]]]]
     waiting, num_found = [(-1.0, 0, 0, -1, root, 1.0, continuations)], 1
