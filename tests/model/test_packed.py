@@ -426,6 +426,17 @@ def test_packed_models_agree_with_the_reference(family: str, storage: str) -> No
     assert_agreement(model, reference, Text((), text.context, None), block=1)
 
 
+@pytest.mark.parametrize("family", FAMILIES)
+def test_weights_that_bfloat16_holds_say_the_same_kept_in_it_as_in_float32(family: str) -> None:
+    rounded = reference_of(family, "bfloat16")
+    tokens = random_tokens(rounded, 20)
+    logits = []
+    for storage in ("bfloat16", "float32"):
+        model = packed.pack(rounded, storage)
+        logits.append(model.logits(run(model, model.new_cache(1, 32), tokens, [Segment(0, 0, len(tokens))])))
+    assert torch.equal(*logits)
+
+
 @pytest.mark.parametrize("storage", ["float32", "int8"])
 @pytest.mark.parametrize("family", FAMILIES)
 def test_models_loaded_packed_are_the_models_packed_after_loading(family: str, storage: str, tmp_path: Path) -> None:
