@@ -15,7 +15,6 @@ from kangaroo.drafters.adapter import ADAPTER, AdapterConfig
 from kangaroo.drafters.auto import AutoDrafter
 from kangaroo.drafters.base import Drafter
 from kangaroo.drafters.gate import GatedDrafter
-from kangaroo.drafters.kangaroo import complete_settings
 from kangaroo.drafters.plain import PlainDrafter
 from kangaroo.drafters.settings import AutoSettings, GateSettings, KangarooSettings, Settings, find_settings
 from kangaroo.engine.decoding import Decoding
@@ -280,7 +279,7 @@ def resolve_settings(model: LoadedModel, drafter: str | Settings | None, *, batc
         settings = apply_tuning(settings, model, batch_size=batch_size)
         folder = Path(settings.adapter or model.adapter_folder).expanduser()
         if folder.is_dir():
-            settings = complete_settings(settings, ADAPTER.read_config(folder, AdapterConfig))
+            settings = ADAPTER.read_config(folder, AdapterConfig).complete(settings)
     return settings  # type: ignore[no-any-return]
 
 

@@ -11,7 +11,7 @@ from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field
 from functools import cached_property
 from numbers import Integral, Real
-from typing import TYPE_CHECKING, Literal
+from typing import TYPE_CHECKING, Literal, NamedTuple
 
 from kangaroo.errors import SettingsError
 
@@ -145,6 +145,13 @@ class Request:
         return own if self.params.ignore_eos else own | self.eos_ids
 
 
+class Verified(NamedTuple):
+    """What the target says of a draft: the argmax behind every node, packed as Draft.hidden, and the time it took."""
+
+    choices: Sequence[int]
+    time_s: float
+
+
 @dataclass(frozen=True)
 class Draft:
     """A tree of guesses per sequence; node 0 is the root, the last committed token.
@@ -157,6 +164,7 @@ class Draft:
     lookup makes of its matches; None where the drafter has none, or the host does not know it.
     proposals: for every sequence, by node, the distribution [V] that its children were drawn from, float64; a node
     that has none drew its children from no distribution. None where no request asks for it (SamplingParams.acceptance).
+    verified: what the target says, where the drafter had it read the draft in the same call.
     """
 
     tokens: Sequence[Sequence[int]] | Tensor
@@ -165,6 +173,7 @@ class Draft:
     hidden: Tensor | None = None
     confidence: Sequence[Sequence[float]] | None = None
     proposals: Sequence[Mapping[int, ndarray]] | None = None
+    verified: Verified | None = None
 
     @property
     def num_nodes(self) -> tuple[int, ...]:

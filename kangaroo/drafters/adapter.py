@@ -14,7 +14,9 @@ import torch
 from pydantic import Field
 from torch import Tensor
 
+from kangaroo.drafters.base import MAX_NODES
 from kangaroo.drafters.companion import Companion, CompanionConfig, choose_storage, fingerprint
+from kangaroo.drafters.settings import KangarooSettings
 from kangaroo.errors import AdapterError, KernelError
 from kangaroo.kernels import REFERENCE, reference
 from kangaroo.model.cache import KVCache
@@ -32,6 +34,9 @@ Kind = Literal["attention", "mlp", "layer", "head"]
 KINDS: tuple[Kind, ...] = get_args(Kind)
 # What a matrix of these names makes is added to the states.
 ADDING = ("output", "down")
+# What settings may leave open, and what it is then.
+COMPLETED = ("gamma", "eta", "num_siblings", "max_nodes")
+DEFAULTS = (6, 0.6, 1, MAX_NODES)
 
 
 class AdapterConfig(CompanionConfig):
@@ -45,6 +50,13 @@ class AdapterConfig(CompanionConfig):
     vocab_size: int
     gamma: int | None = Field(default=None, ge=1)
     eta: float | None = Field(default=None, ge=0, le=1)
+
+    def complete(self, settings: KangarooSettings) -> KangarooSettings:
+        """The settings, with what they leave open as is recommended, else as in the paper, and chains."""
+        recommended = (self.gamma, self.eta, None, None)
+        values = {name: next(value for value in (getattr(settings, name), *rest) if value is not None)
+                  for name, *rest in zip(COMPLETED, recommended, DEFAULTS, strict=True)}  # fmt: skip
+        return replace(settings, **values)
 
 
 class Adapter:

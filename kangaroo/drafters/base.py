@@ -69,12 +69,17 @@ DEFAULT_PRICES = Prices()
 
 @dataclass(frozen=True)
 class Batch:
-    """The sequences of one step, with the target, the cache that a self-drafting drafter shares, and prices."""
+    """The sequences of one step, with the target, the cache that a self-drafting drafter shares, and prices.
+
+    taps: of which layers the states are wanted where the target reads the draft; None where the drafter must leave that
+    to the engine.
+    """
 
     target: Transformer
     cache: KVCache
     sequences: SequenceOf[Sequence]
     prices: Prices = DEFAULT_PRICES
+    taps: tuple[int, ...] | None = None
 
     def segment(
         self, row: int, *, num_rows: int, first_node: int = 0, parents: SequenceOf[int] | None = None

@@ -6,6 +6,7 @@ Shapes: F frontier nodes of all trees, packed sequence by sequence, V vocabulary
 from collections.abc import Callable
 from collections.abc import Sequence as SequenceOf
 from dataclasses import dataclass, field, replace
+from typing import TYPE_CHECKING
 
 import numpy as np
 import torch
@@ -15,8 +16,11 @@ from torch import Tensor
 from kangaroo.drafters.base import Prices, Sequence, place_nodes
 from kangaroo.drafters.tree import CHAIN, Branching, Guesses, Tree
 from kangaroo.model.cache import KVCache, Segment
-from kangaroo.sampling import DRAFT_STREAM, choose_children, derive_seed, distribution
+from kangaroo.sampling import DRAFT_STREAM, choose_children, derive_seed, distribution, reads_prefix
 from kangaroo.types import Draft, SamplingParams
+
+if TYPE_CHECKING:
+    from kangaroo.kernels.cpu import Draw
 
 
 @dataclass
@@ -54,6 +58,14 @@ def plant(sequence: Sequence, max_depth: int) -> Growth:
         seed = derive_seed(derive_seed(params.seed, DRAFT_STREAM), len(sequence.tokens))
         growth.params = replace(params, seed=seed)
     return growth
+
+
+def describe_draw(params: SamplingParams) -> "Draw | None":
+    """How the native kernels draw guesses, None where they cannot by themselves."""
+    if params.rule != "coupling" or reads_prefix(params):
+        return None
+    # No vocabulary is larger; a number the kernels cannot take would fail the whole batch.
+    return params.seed or 0, params.temperature, min(params.top_k, 2**31), params.top_p, params.min_p
 
 
 def find_chances(logits: Tensor) -> Tensor:
@@ -136,6 +148,17 @@ def place_frontier(cache: KVCache, growth: Growth) -> Segment:
     """Where a tree's frontier stands behind what a cache holds of its sequence."""
     frontier, parents = growth.tree.frontier, growth.tree.parents[: growth.tree.frontier.stop]
     return place_nodes(cache, growth.sequence.slot, num_rows=len(frontier), first_node=frontier.start, parents=parents)
+
+
+def join_levels(levels: SequenceOf[tuple[list[int], Tensor]], num_trees: int) -> Tensor:
+    """The tokens of chains [B, N] that the host does not know; what lies behind a chain's end is -1.
+
+    levels: the trees that have such a level, and its tokens [F].
+    """
+    tokens = torch.full((num_trees, len(levels)), -1, device=levels[0][1].device)
+    for depth, (rows, level) in enumerate(levels):
+        tokens[rows if len(rows) < num_trees else slice(None), depth] = level
+    return tokens
 
 
 def assemble(growths: SequenceOf[Growth]) -> Draft:

@@ -16,25 +16,32 @@ from typing import TYPE_CHECKING, cast
 import torch
 from torch import Tensor
 
-from kangaroo.drafters.adapter import Adapter, AdapterConfig, check_exit_layer
-from kangaroo.drafters.base import MAX_NODES, Batch, Prices, Sequence, draft_roots, is_chain, place_nodes
-from kangaroo.drafters.growing import Growth, add_level, assemble, draw, likeliest, place_frontier, plant
+from kangaroo.drafters.adapter import COMPLETED, Adapter, check_exit_layer
+from kangaroo.drafters.base import MAX_NODES, Batch, Prices, Sequence, draft_roots, place_nodes
+from kangaroo.drafters.growing import (
+    Growth,
+    add_level,
+    assemble,
+    describe_draw,
+    draw,
+    join_levels,
+    likeliest,
+    place_frontier,
+    plant,
+)
 from kangaroo.drafters.settings import KangarooSettings
 from kangaroo.drafters.stopping import StoppingPolicy, choose_stopping
 from kangaroo.drafters.tree import CHAIN, Branching, Guesses
 from kangaroo.model.cache import CachedPass, depths_of
 from kangaroo.model.transformer import Transformer
-from kangaroo.sampling import needs_logits, reads_prefix
-from kangaroo.types import Draft, Outcome, SamplingParams
+from kangaroo.sampling import needs_logits
+from kangaroo.types import Draft, Outcome, Verified
 
 if TYPE_CHECKING:
-    from kangaroo.kernels.cpu import Draw
+    from kangaroo.kernels.cpu import DraftPlan, Draw
     from kangaroo.model.checkpoint import LoadedModel
-    from kangaroo.model.packed import PackedTransformer
+    from kangaroo.model.packed import PackedCache, PackedTransformer
 
-# What settings may leave open, and what it is then.
-COMPLETED = ("gamma", "eta", "num_siblings", "max_nodes")
-DEFAULTS = (6, 0.6, 1, MAX_NODES)
 # Long prompts reach the adapter in blocks, so that its attention mask stays small.
 FEED_ROWS = 512
 # What stands for the draws of a sequence that gets no guesses.
@@ -49,18 +56,10 @@ def build(model: LoadedModel, settings: KangarooSettings) -> KangarooDrafter:
     Raises AdapterError where the adapter is missing, damaged, or another model's or layer's.
     """
     adapter = Adapter.find(settings.adapter or model.adapter_folder, model.target, exit_layer=settings.exit_layer)
-    settings = complete_settings(settings, adapter.config)
+    settings = adapter.config.complete(settings)
     gamma, eta, num_siblings, max_nodes = (getattr(settings, name) for name in COMPLETED)
     stopping, branching = choose_stopping(gamma, eta), Branching(num_siblings, max_nodes)
     return KangarooDrafter(model.target, adapter, stopping=stopping, branching=branching)
-
-
-def complete_settings(settings: KangarooSettings, config: AdapterConfig) -> KangarooSettings:
-    """The settings, with what they leave open as the adapter recommends, else as in the paper, and chains."""
-    recommended = (config.gamma, config.eta, None, None)
-    values = {name: next(value for value in (getattr(settings, name), *rest) if value is not None)
-              for name, *rest in zip(COMPLETED, recommended, DEFAULTS, strict=True)}  # fmt: skip
-    return replace(settings, **values)
 
 
 @dataclass
@@ -68,13 +67,15 @@ class _Memory:
     """What is held per sequence between steps.
 
     draw: how the native kernels draw guesses, None where they cannot. pending: states [R, D] of committed tokens that
-    the adapter has not been fed yet. fed: the nodes of the last draft that it has; num_drafted: how deep it was.
+    the adapter has not been fed yet. fed: the nodes of the last draft that it has; num_drafted: how deep it was;
+    first_row: where its states begin among those of the plan, None where it was not made there.
     """
 
     draw: Draw | None
     pending: list[Tensor] = field(default_factory=list)
     fed: set[int] = field(default_factory=set)
     num_drafted: int = 0
+    first_row: int | None = None
 
 
 @dataclass
@@ -106,7 +107,11 @@ class KangarooDrafter:
         self._branching = branching
         self._cache = adapter.new_cache(target, num_sequences=1, num_slots=1)
         self._memory: dict[Sequence, _Memory] = {}
-        self._room = cast("PackedTransformer", target).new_room() if adapter.packed is not None else None
+        self._plan: DraftPlan | None = None
+        if adapter.packed is not None:
+            packed, head = cast("PackedTransformer", target), cast("PackedTransformer", self._head)
+            bounds = self.exit_layer, branching.num_siblings, branching.max_nodes
+            self._plan = packed.plan_drafts(adapter.packed, bounds, head=(head, adapter.final_norm))
 
     def begin(self, sequences: SequenceOf[Sequence], *, num_slots: int) -> None:
         """Make room in the adapter's own cache; one without attention never fills it."""
@@ -114,7 +119,7 @@ class KangarooDrafter:
         self._cache.reserve(1 + max(sequence.slot for sequence in sequences), room)
         for sequence in sequences:
             self._cache.truncate(sequence.slot, 0)
-            self._memory[sequence] = _Memory(_describe_draw(sequence.request.params))
+            self._memory[sequence] = _Memory(describe_draw(sequence.request.params))
 
     def draft(self, batch: Batch) -> Draft:
         """Feed the adapter what it has not seen, then draft level by level until the stopping rule says so."""
@@ -123,7 +128,7 @@ class KangarooDrafter:
         if not any(most):
             return draft_roots(batch)
         draws = [self._memory[sequence].draw for sequence, depth in zip(batch.sequences, most, strict=True) if depth]
-        if self._adapter.packed is not None and None not in draws:
+        if self._plan is not None and None not in draws:
             return self._draft_in_one_call(batch, most)
         growths = [
             _Growth(**vars(plant(sequence, depth)), row=row)
@@ -134,7 +139,7 @@ class KangarooDrafter:
         # Filled on the device: a copy from the host would wait for it.
         device = self._target.device
         roots = [torch.full((1,), growth.tree.tokens[0], device=device) for growth in growths]
-        levels = [(growths, torch.cat(roots))]
+        levels = [([growth.row for growth in growths], torch.cat(roots))]
         self._run_shallow(batch, growths, tokens=levels[0][1])
         hidden = self._catch_up(growing)
         is_blind = is_greedy and self._stopping.threshold == 0 and device.type != "cpu"
@@ -142,7 +147,7 @@ class KangarooDrafter:
             tokens = self._grow(growing, hidden, prices=batch.prices, is_greedy=is_greedy, is_blind=is_blind)
             growing = [growth for growth in growing if growth.level]
             if growing:
-                levels.append((growing, tokens))
+                levels.append(([growth.row for growth in growing], tokens))
                 self._run_shallow(batch, growing, tokens=tokens)
             growing = [growth for growth in growing if growth.tree.frontier]
             if growing:
@@ -155,7 +160,7 @@ class KangarooDrafter:
             resume_layer=self.exit_layer,
             hidden=torch.cat([states for growth in growths for states in growth.states]),
         )
-        return replace(draft, tokens=_join(levels, len(growths)), confidence=None) if is_blind else draft
+        return replace(draft, tokens=join_levels(levels, len(growths)), confidence=None) if is_blind else draft
 
     def accept(self, sequences: SequenceOf[Sequence], outcome: Outcome) -> None:
         """Keep the adapter's rows of accepted nodes; the states of the others wait for the next draft.
@@ -169,13 +174,17 @@ class KangarooDrafter:
                 kept = list(takewhile(memory.fed.__contains__, path))
                 self._cache.keep(sequence.slot, kept)
             if self._attends and len(kept) < len(path):
-                # The next draft writes where these lie.
-                memory.pending.append(taps[self.exit_layer][len(kept) :].clone())
+                if self._plan is None or memory.first_row is None or path[-1] >= len(path):
+                    states = taps[self.exit_layer][len(kept) :]
+                else:
+                    # From where they were drafted they come without a tensor operation.
+                    states = self._plan.states(memory.first_row + len(kept), memory.first_row + len(path))
+                memory.pending.append(states)
                 if sequence.max_draft > 0 and sum([one.shape[0] for one in memory.pending]) > FEW_ROWS:
                     memory.pending = [self._shorten(sequence, 0)]
             if memory.num_drafted:
                 self._stopping.observe(memory.num_drafted, len(path) - 1)
-            memory.fed, memory.num_drafted = set(), 0
+            memory.fed, memory.num_drafted, memory.first_row = set(), 0, None
 
     def end(self, sequences: SequenceOf[Sequence]) -> None:
         """Forget these sequences."""
@@ -248,52 +257,43 @@ class KangarooDrafter:
 
     def _draft_in_one_call(self, batch: Batch, most: SequenceOf[int]) -> Draft:
         """The same trees, at most so deep, on packed weights, without returning to Python between levels."""
-        assert self._adapter.packed is not None, "packed weights only"
-        assert self._room is not None
-        starts, pending = [], []
+        assert self._plan is not None, "packed weights only"
+        starts, pending, verifies = [], [], batch.taps == self.taps
+        if len(self._memory) > 1:
+            # What the last draft wrote is written over now.
+            drafting = {sequence for sequence, depth in zip(batch.sequences, most, strict=True) if depth}
+            for memory in (memory for sequence, memory in self._memory.items() if sequence not in drafting):
+                memory.pending = [states.clone() for states in memory.pending]
         for sequence, depth in zip(batch.sequences, most, strict=True):
             memory, slot = self._memory[sequence], sequence.slot
             states = self._shorten(sequence, FEED_ROWS) if depth else self._nothing
             pending.append(states)
+            verifies = verifies and not sequence.needs_logits
             starts.append((slot, batch.cache.lengths[slot], slot, self._cache.lengths[slot], sequence.tokens[-1],
                            states.shape[0], depth, memory.draw or NO_DRAW))  # fmt: skip
-        stopping, branching = self._stopping, self._branching
-        drafted, states = cast("PackedTransformer", self._target).draft(
-            (batch.cache, self._cache),
-            self._adapter.packed,
+        (tokens, parents, confidence), states, verified = self._plan.draft(
+            cast("PackedCache", batch.cache).cached,
+            cast("PackedCache", self._cache).cached,
             starts=starts,
-            plan=(self.exit_layer, branching.num_siblings, branching.max_nodes, stopping.threshold, *batch.prices),
-            states=(pending[0] if len(pending) == 1 else torch.cat(pending), self._room),
-            head=(cast("PackedTransformer", self._head), self._adapter.final_norm),
+            limits=(self._stopping.threshold, *batch.prices),
+            pending=pending[0] if len(pending) == 1 else torch.cat(pending),
+            verifies=verifies,
         )
-        for sequence, start, (_, parents, _) in zip(batch.sequences, starts, drafted, strict=True):
-            memory = self._memory[sequence]
+        first_row = 0
+        for sequence, start, shape in zip(batch.sequences, starts, parents, strict=True):
+            memory, num_nodes = self._memory[sequence], len(shape)
             if start[6]:
                 self._cache.truncate(start[2], start[3] + start[5])
-                memory.pending = []
+                memory.pending, memory.first_row = [], first_row
+            first_row += num_nodes
             # Those that got children are known to the adapter.
-            memory.fed = set(parents[1:])
-            memory.num_drafted = len(parents) - 1 if is_chain(parents) else max(depths_of(parents))
+            memory.fed = set(shape[1:])
+            memory.num_drafted = num_nodes - 1 if self._branching.num_siblings == 1 else max(depths_of(shape))
         return Draft(
-            tokens=[tokens for tokens, _, _ in drafted],
-            parents=[parents for _, parents, _ in drafted],
+            tokens,
+            parents,
             resume_layer=self.exit_layer,
             hidden=states,
-            confidence=[confidences for _, _, confidences in drafted],
+            confidence=confidence,
+            verified=Verified(*verified) if verifies else None,
         )
-
-
-def _describe_draw(params: SamplingParams) -> Draw | None:
-    """How the native kernels draw guesses, None where they cannot by themselves."""
-    if params.rule != "coupling" or reads_prefix(params):
-        return None
-    # No vocabulary is larger; a number the kernels cannot take would fail the whole batch.
-    return params.seed or 0, params.temperature, min(params.top_k, 2**31), params.top_p, params.min_p
-
-
-def _join(levels: list[tuple[list[_Growth], Tensor]], num_trees: int) -> Tensor:
-    """The tokens of chains [B, N] that the host does not know, by level; what lies behind a chain's end is -1."""
-    tokens = torch.full((num_trees, len(levels)), -1, device=levels[0][1].device)
-    for depth, (growths, level) in enumerate(levels):
-        tokens[[one.row for one in growths] if len(growths) < num_trees else slice(None), depth] = level
-    return tokens

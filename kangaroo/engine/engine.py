@@ -146,11 +146,13 @@ class Engine:
         for one, sequence in zip(decoding, sequences, strict=True):
             sequence.max_draft = min(one.room - 1, limit)
         prices = DEFAULT_PRICES if pace is None else pace.prices
-        batch = Batch(self.target, self._cache, sequences, prices)
+        batch = Batch(self.target, self._cache, sequences, prices, self.drafter.taps)
         # Where drafting does not pay the drafter is not even asked: it catches up when it is.
         draft = self.drafter.draft(batch) if limit > 0 else draft_roots(batch)
         drafted_s = self._now_s()
         outcome = verify_draft(batch, self.drafter, draft=draft)
+        if draft.verified is not None:
+            drafted_s -= draft.verified.time_s
         draft_time_s, verify_time_s = drafted_s - started_s, self._now_s() - drafted_s
         for one, tokens, count in zip(decoding, outcome.tokens, draft.num_nodes, strict=True):
             one.draft_time_s += draft_time_s

@@ -62,17 +62,8 @@ def prefill(batch: Batch, drafter: Drafter, *, num_rows: SequenceOf[int]) -> Out
 
 def verify_draft(batch: Batch, drafter: Drafter, *, draft: Draft) -> Outcome:
     """Verify a draft's nodes in one pass, and commit the accepted branches; a sequence that errs emits nothing."""
-    target = batch.target
-    segments = [batch.segment(row, num_rows=len(parents), parents=parents) for row, parents in enumerate(draft.parents)]
-    attention = CachedPass(batch.cache, segments)
-    entering, span = _enter(draft, target), (draft.resume_layer, target.num_layers)
     choices = _Choices(batch.sequences, draft.num_nodes)
-    if any(choices.wanting):
-        states = target.embed(entering) if isinstance(entering, list) else entering
-        hidden, taps = target.forward(states, span, attention=attention, taps=drafter.taps)
-        choices.judge(target, hidden)
-    else:
-        choices.ids, taps = target.decide(entering, span, attention=attention, taps=drafter.taps)
+    taps = _read(batch, draft, choices=choices, taps=drafter.taps)
     all_tokens = draft.tokens.tolist() if isinstance(draft.tokens, Tensor) else draft.tokens
     paths, emitted, tapped, first_row = [], [], [], 0
     for row, sequence in enumerate(batch.sequences):
@@ -93,6 +84,25 @@ def verify_draft(batch: Batch, drafter: Drafter, *, draft: Draft) -> Outcome:
     return outcome
 
 
+def _read(batch: Batch, draft: Draft, *, choices: "_Choices", taps: tuple[int, ...]) -> Mapping[int, Tensor]:
+    """Have the target read the draft unless it has, and note what it says; returns the tapped states [R, D]."""
+    if draft.verified is not None:
+        assert draft.hidden is not None, "there is nothing to resume from"
+        choices.ids = draft.verified.choices
+        return {draft.resume_layer: draft.hidden}
+    target = batch.target
+    segments = [batch.segment(row, num_rows=len(parents), parents=parents) for row, parents in enumerate(draft.parents)]
+    attention = CachedPass(batch.cache, segments)
+    entering, span = _enter(draft, target), (draft.resume_layer, target.num_layers)
+    if not any(choices.wanting):
+        choices.ids, tapped = target.decide(entering, span, attention=attention, taps=taps)
+        return tapped
+    states = target.embed(entering) if isinstance(entering, list) else entering
+    hidden, tapped = target.forward(states, span, attention=attention, taps=taps)
+    choices.judge(target, hidden)
+    return tapped
+
+
 class _Choices:
     """What the target says behind the nodes of a pass, worked out only where it is asked.
 
@@ -102,7 +112,7 @@ class _Choices:
 
     def __init__(self, sequences: SequenceOf[Sequence], num_nodes: SequenceOf[int]) -> None:
         self.wanting = [sequence.needs_logits for sequence in sequences]
-        self.ids: list[int] = []
+        self.ids: SequenceOf[int] = []
         self._sequences = sequences
         self._num_nodes = num_nodes
         self._first_rows = [0, *accumulate(num_nodes)]
@@ -119,11 +129,11 @@ class _Choices:
         with_logits, others = ([row for row, want in enumerate(rows) if want is kind] for kind in (True, False))
         self._logits = target.logits(hidden if not others else hidden[with_logits])
         ids = target.argmax(hidden[others]).tolist() if others else []
-        self.ids, self._places = [-1] * len(rows), [-1] * len(rows)
+        self._places = [-1] * len(rows)
         for place, row in enumerate(with_logits):
             self._places[row] = place
-        for token, row in zip(ids, others, strict=True):
-            self.ids[row] = token
+        picked = dict(zip(others, ids, strict=True))
+        self.ids = [picked.get(row, -1) for row in range(len(rows))]
 
     def pick(self, index: int) -> Callable[[int, SequenceOf[int]], int]:
         """The target's choice behind a node of the index-th sequence, given the drafted tokens on the way to it."""

@@ -37,7 +37,7 @@ class Stack:
         segments: Sequence[tuple[int, int, int, Sequence[int] | None, int]],
         hidden_out: tuple[int, int, int],
         taps: Sequence[tuple[int, int]],
-        tables: tuple[int, int, int],
+        tables: tuple[int, int, int, int],
         skips: Sequence[int],
     ) -> None: ...
     def decide(
@@ -47,19 +47,32 @@ class Stack:
         segments: Sequence[tuple[int, int, int, Sequence[int] | None, int]],
         entering: tuple[int, int, Weight, float, Sequence[int]],
         taps: Sequence[tuple[int, int]],
-        tables: tuple[int, int, int],
+        tables: tuple[int, int, int, int],
         head: tuple[Weight, int, float, float, tuple[int, int, int]],
     ) -> list[int]: ...
 
 def run_head(head: tuple[Weight, int, float, float, tuple[int, int, int]], states: tuple[int, int]) -> None: ...
-def draft(
-    target: tuple[Stack, Cache, tuple[int, int, int]],
-    adapter: tuple[Stack, Cache, tuple[int, int, int]],
-    starts: Sequence[tuple[int, int, int, int, int, int, int, tuple[int, float, int, float, float]]],
-    plan: tuple[int, int, int, float, float, float],
-    pending_states: tuple[int, int, int, int],
-    embedding_head: tuple[Weight, float, Weight, int, float, float],
-) -> list[tuple[list[int], list[int], list[float]]]: ...
+
+class DraftPlan:
+    def __init__(
+        self,
+        target: Stack,
+        adapter: Stack,
+        bounds: tuple[int, int, int],
+        embedding: tuple[Weight, float],
+        head: tuple[Weight, int, float, float, tuple[int, int, int]],
+        chooser: tuple[Weight, int, float, float, tuple[int, int, int]],
+    ) -> None: ...
+    def draft(
+        self,
+        target: tuple[Cache, tuple[int, int, int, int]],
+        adapter: tuple[Cache, tuple[int, int, int, int]],
+        starts: Sequence[tuple[int, int, int, int, int, int, int, tuple[int, float, int, float, float]]],
+        limits: tuple[float, float, float],
+        states: tuple[int, int, int, int],
+        verifies: bool,
+    ) -> tuple[tuple[list[list[int]], list[list[int]], list[list[float]]], list[int], float]: ...
+
 def linear(weight: Weight, hidden: int, num_rows: int, out: int) -> None: ...
 def instruction_sets() -> list[str]: ...
 def select(name: str) -> None: ...

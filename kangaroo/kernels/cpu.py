@@ -97,23 +97,25 @@ Draw = tuple[int, float, int, float, float]
 # A sequence to draft for: slot and committed tokens in the target's cache, the same in the adapter's, root token,
 # pending states, most levels, and how to draw.
 Start = tuple[int, int, int, int, int, int, int, Draw]
-# What drafts may grow to, see Head.draft.
-Plan = tuple[int, int, int, float, float, float]
 # A head, the address of its norm or 0, the norm's epsilon, a soft cap, and where the results go.
 HeadPass = tuple[Weight, int, float, float, tuple[int, int, int]]
-# Tokens, parents and confidences of a draft's nodes, root first.
-Nodes = tuple[list[int], list[int], list[float]]
+# Tokens, parents and confidences of the nodes of every sequence's draft, root first.
+Nodes = tuple[list[list[int]], list[list[int]], list[list[float]]]
 
 
 class Tables:
     """Cosine and sine of S positions, [2, S, 1, E] float32, as the native kernels take them."""
 
     def __init__(self, tensor: Tensor) -> None:
-        num_positions, self.head_dim = tensor.shape[1], tensor.shape[-1]
-        cosine = _address(tensor, (2, num_positions, 1, self.head_dim))
-        self.described = cosine, cosine + 4 * num_positions * self.head_dim, num_positions
+        num_positions, head_dim = tensor.shape[1], tensor.shape[-1]
+        cosine = _address(tensor, (2, num_positions, 1, head_dim))
+        self.described = cosine, cosine + 4 * num_positions * head_dim, num_positions, head_dim
         # The addresses are good for as long as it lives.
         self._tensor = tensor
+
+
+# A cache, and the tables of all its positions.
+Cached = tuple[Cache, Tables]
 
 
 class Stack:
@@ -122,8 +124,8 @@ class Stack:
     def __init__(self, sizes: tuple[int, int, int, int], *, norm_eps: float, attention_scale: float,
                  softcap: float | None, activation: str) -> None:  # fmt: skip
         """sizes: hidden size, heads, key-value heads, head size."""
-        self._hidden_size, self._head_dim = sizes[0], sizes[3]
-        self._stack = _native.Stack(sizes, norm_eps, attention_scale, softcap or 0.0, activation == "gelu_tanh")
+        self.hidden_size = sizes[0]
+        self.native = _native.Stack(sizes, norm_eps, attention_scale, softcap or 0.0, activation == "gelu_tanh")
 
     def add_layer(self, weights: Sequence[Weight | None], norms: Mapping[str, Tensor], *, window: int | None) -> None:
         """weights: qkv, output, gate_up and down, two of them None where attention or MLP is absent.
@@ -131,24 +133,24 @@ class Stack:
         norms: those of NORMS that the layer has.
         """
         given = [norms[name].detach().float().contiguous() if name in norms else None for name in NORMS]
-        self._stack.add_layer(list(weights), given, window or 0)
+        self.native.add_layer(list(weights), given, window or 0)
 
-    def run(self, hidden: Tensor, span: tuple[int, int], *, cached: tuple[Cache, Tables], segments: Sequence[Segment],
+    def run(self, hidden: Tensor, span: tuple[int, int], *, cached: Cached, segments: Sequence[Segment],
             taps: Sequence[int] = (), skips: Sequence[int] = ()) -> tuple[Tensor, dict[int, Tensor]]:  # fmt: skip
         """Run layers [i, j) over the states [R, D] that enter layer i; returns those that leave layer j - 1.
 
         skips: for every layer of the stack, SKIP_ATTENTION and SKIP_MLP of what is left out. Returns also, for each tap
         in i..j, the states that enter it.
         """
-        (start, stop), shape = span, (hidden.shape[0], self._hidden_size)
+        (start, stop), shape = span, (hidden.shape[0], self.hidden_size)
         out, inner = torch.empty(shape), {tap: torch.empty(shape) for tap in taps if start < tap < stop}
         addresses = _address(hidden, shape), out.data_ptr(), shape[0]
-        self._stack.run(cached[0], span, segments, addresses, _addresses(inner), self._check(cached[1]), skips)
+        self.native.run(cached[0], span, segments, addresses, _addresses(inner), cached[1].described, skips)
         states = {start: hidden, **inner, stop: out}
         return out, {tap: states[tap] for tap in taps if tap in states}
 
     def decide(
-        self, entering: Tensor | list[int], span: tuple[int, int], *, cached: tuple[Cache, Tables],
+        self, entering: Tensor | list[int], span: tuple[int, int], *, cached: Cached,
         segments: Sequence[Segment], taps: Sequence[int], ends: "tuple[Weight, float, HeadPass]"
     ) -> tuple[list[int], dict[int, Tensor]]:  # fmt: skip
         """As run(), and in the same call a head's argmax [R], which is returned with the taps.
@@ -158,46 +160,38 @@ class Stack:
         """
         (start, stop), (embedding, scale, head) = span, ends
         if isinstance(entering, list):
-            shape = len(entering), self._hidden_size
+            shape = len(entering), self.hidden_size
             states = 0, shape[0], embedding, scale, entering
         else:
-            shape = entering.shape[0], self._hidden_size
+            shape = entering.shape[0], self.hidden_size
             states = _address(entering, shape), shape[0], embedding, scale, []
         tapped = {tap: torch.empty(shape) for tap in taps if start < tap <= stop}
-        ids = self._stack.decide(cached[0], span, segments, states, _addresses(tapped), self._check(cached[1]), head)
+        ids = self.native.decide(cached[0], span, segments, states, _addresses(tapped), cached[1].described, head)
         if start in taps and isinstance(entering, Tensor):
             tapped[start] = entering
         return ids, tapped
 
-    def place(self, cache: Cache, tables: Tables) -> "Place":
-        """This stack with a cache and rotary tables."""
-        return self._stack, cache, self._check(tables)
 
-    def _check(self, tables: Tables) -> tuple[int, int, int]:
-        """Addresses of cosine and sine, and how many positions they cover."""
-        if tables.head_dim != self._head_dim:
-            raise ValueError(f"the rotary tables must be for heads of {self._head_dim}, got {tables.head_dim}")
-        return tables.described
-
-
-# Where drafting happens: native layers, their cache, and rotary tables.
-Place = tuple[_native.Stack, Cache, tuple[int, int, int]]
-
-
-class Room:
-    """Memory for states [R, D] that is written anew by every call, with views that are made once for every R."""
+class _Room:
+    """Memory for states [R, D] that is written anew by every call, with views that are made once for every place."""
 
     def __init__(self, hidden_size: int) -> None:
         self._states = torch.empty(0, hidden_size)
-        self._views: dict[int, Tensor] = {}
+        self._views: dict[tuple[int, int], Tensor] = {}
+        self._num_rows = self._address = 0
 
-    def take(self, num_rows: int) -> Tensor:
-        """So many rows; what earlier calls took lies in the same place until more are asked for than ever before."""
-        if num_rows > self._states.shape[0]:
+    def reserve(self, num_rows: int) -> int:
+        """The address of so many rows; it is that of earlier ones until more are asked for than ever before."""
+        if num_rows > self._num_rows:
             self._states, self._views = torch.empty(num_rows, self._states.shape[1]), {}
-        view = self._views.get(num_rows)
+            self._num_rows, self._address = num_rows, self._states.data_ptr()
+        return self._address
+
+    def view(self, first: int, stop: int) -> Tensor:
+        """Some rows of what was reserved."""
+        view = self._views.get((first, stop))
         if view is None:
-            view = self._views[num_rows] = self._states[:num_rows]
+            view = self._views[first, stop] = self._states[first:stop]
         return view
 
 
@@ -227,32 +221,6 @@ class Head:
         self._run(hidden, norm, out=(0, ids.data_ptr(), confidence.data_ptr()))
         return ids, confidence
 
-    def draft(
-        self, target: Place, adapter: Place, *, starts: Sequence[Start], plan: Plan,
-        states: tuple[Tensor, Room], embedding_norm: tuple[Weight, float, Tensor]
-    ) -> tuple[list[Nodes], Tensor]:  # fmt: skip
-        """Draft in one call: layers [0, e) of target, the adapter's one layer, norm [D], this head.
-
-        plan: exit layer e, siblings a node may have, most nodes of a draft, the confidence below which a node gets no
-        children, and what a branch and a chain's token must promise; trees grow as drafters/tree.py says. states:
-        those [P, D] entering layer e that the adapter has not seen, sequence by sequence, and room for new ones;
-        embedding_norm: the embedding, its scale, and the norm. Returns every sequence's nodes, and, in that room, the
-        states [R, D] of all of them that enter layer e.
-        """
-        (embedding, scale, norm), (pending, room) = embedding_norm, states
-        size, num_pending = self.weight.num_inputs, pending.shape[0]
-        num_rows = sum([plan[2] if plan[1] > 1 else min(plan[2], start[6] + 1) for start in starts])
-        written = _address(room.take(num_rows), (num_rows, size))
-        drafted = _native.draft(
-            target,
-            adapter,
-            starts,
-            plan,
-            (_address(pending, (num_pending, size)), num_pending, written, num_rows),
-            (embedding, scale, self.weight, _address(norm, (size,)), self._norm_eps, self._softcap),
-        )
-        return drafted, room.take(sum([len(tokens) for tokens, _, _ in drafted]))
-
     def describe(self, norm: Tensor | None, out: tuple[int, int, int]) -> HeadPass:
         """This head under a norm [D], as the native kernels take it; out: addresses of logits, argmax, confidence."""
         weights = 0 if norm is None else _address(norm, (self.weight.num_inputs,))
@@ -262,6 +230,50 @@ class Head:
         num_rows = hidden.shape[0]
         states = _address(hidden, (num_rows, self.weight.num_inputs))
         _native.run_head(self.describe(norm, out), (states, num_rows))
+
+
+class DraftPlan:
+    """What stays the same from one draft to the next: layers [0, e) of a target, an adapter's one layer, and heads."""
+
+    def __init__(
+        self, target: Stack, adapter: Stack, *, bounds: tuple[int, int, int], embedding: tuple[Weight, float],
+        head: tuple[Head, Tensor], chooser: HeadPass
+    ) -> None:  # fmt: skip
+        """bounds: exit layer e, siblings a node may have, most nodes of a draft; embedding: with its scale.
+
+        head: what guesses, and the norm [D] before it; chooser: the target's own.
+        """
+        self._bounds, self._hidden_size = bounds, target.hidden_size
+        self._room = _Room(target.hidden_size)
+        # Its address is good for as long as it lives.
+        self._norm = head[1]
+        guesser = head[0].describe(self._norm, (0, 0, 0))
+        self._plan = _native.DraftPlan(target.native, adapter.native, bounds, embedding, guesser, chooser)
+
+    def draft(
+        self, target: Cached, adapter: Cached, *, starts: Sequence[Start], limits: tuple[float, float, float],
+        pending: Tensor, verifies: bool
+    ) -> tuple[Nodes, Tensor, tuple[list[int], float]]:  # fmt: skip
+        """Draft in one call; trees grow as drafters/tree.py says.
+
+        limits: the confidence below which a node gets no children, and what a branch and a chain's token must promise.
+        pending: the states [P, D] entering layer e that the adapter has not seen, sequence by sequence. verifies:
+        whether the target's other layers and its head go on to say what follows every node. Returns every sequence's
+        nodes; the states [R, D] of all of them that enter layer e, which the next draft writes over; and what follows
+        [R], with the seconds that took.
+        """
+        _, num_siblings, max_nodes = self._bounds
+        num_rows = sum([max_nodes if num_siblings > 1 else min(max_nodes, start[6] + 1) for start in starts])
+        num_pending = pending.shape[0]
+        unseen = _address(pending, (num_pending, self._hidden_size)) if num_pending else 0
+        states = unseen, num_pending, self._room.reserve(num_rows), num_rows
+        at_target, at_adapter = (target[0], target[1].described), (adapter[0], adapter[1].described)
+        nodes, following, time_s = self._plan.draft(at_target, at_adapter, starts, limits, states, verifies)
+        return nodes, self.states(0, sum(map(len, nodes[0]))), (following, time_s)
+
+    def states(self, first: int, stop: int) -> Tensor:
+        """These rows of the states of the last draft's nodes."""
+        return self._room.view(first, stop)
 
 
 def _addresses(taps: Mapping[int, Tensor]) -> list[tuple[int, int]]:

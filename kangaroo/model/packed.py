@@ -53,7 +53,7 @@ class PackedStack:
     def __init__(self, config: ModelConfig) -> None:
         self._config = config
         self._rotary = Rotary(config.rope, config.head_dim, device=CPU)
-        self._stack = cpu.Stack(
+        self.native = cpu.Stack(
             (config.hidden_size, config.num_heads, config.num_kv_heads, config.head_dim),
             norm_eps=config.norm_eps,
             attention_scale=config.attention_scale,
@@ -72,14 +72,14 @@ class PackedStack:
             else None
             for name in LINEARS
         ]
-        self._stack.add_layer(weights, tensors, window=window)
+        self.native.add_layer(weights, tensors, window=window)
 
     def run(self, hidden: Tensor, span: tuple[int, int], *, attention: AttentionPass, taps: Sequence[int] = (),
             skips: SkippedSublayers = NO_SKIPS) -> tuple[Tensor, dict[int, Tensor]]:  # fmt: skip
         """Run layers [i, j) over states [R, D]; returns what leaves them, and the tapped states."""
         cached, segments = _locate(attention)
         described = [] if skips is NO_SKIPS else _describe(skips, self._config.num_layers)
-        return self._stack.run(hidden, span, cached=cached, segments=segments, taps=taps, skips=described)
+        return self.native.run(hidden, span, cached=cached, segments=segments, taps=taps, skips=described)
 
     def decide(
         self, entering: Tensor | list[int], span: tuple[int, int], *, attention: AttentionPass, taps: Sequence[int],
@@ -87,12 +87,7 @@ class PackedStack:
     ) -> tuple[list[int], dict[int, Tensor]]:  # fmt: skip
         """An embedding, layers [i, j) and a head as one call: its argmax [R] and the tapped states."""
         cached, segments = _locate(attention)
-        return self._stack.decide(entering, span, cached=cached, segments=segments, taps=taps, ends=ends)
-
-    def place(self, cache: KVCache) -> cpu.Place:
-        """These layers with a cache of theirs."""
-        assert isinstance(cache, PackedCache), "the cache of another backend"
-        return self._stack.place(*cache.cached)
+        return self.native.decide(entering, span, cached=cached, segments=segments, taps=taps, ends=ends)
 
     def new_cache(self, num_sequences: int, num_slots: int) -> PackedCache:
         """An empty cache for these layers."""
@@ -141,10 +136,6 @@ class PackedTransformer(Transformer):
         """An empty cache for this model's keys and values."""
         return self._stack.new_cache(num_sequences, num_slots)
 
-    def new_room(self) -> cpu.Room:
-        """Memory for the states that draft() writes."""
-        return cpu.Room(self.config.hidden_size)
-
     def embed(self, tokens: Tensor | list[int]) -> Tensor:
         """Hidden states [R, D] that enter layer 0 for tokens [R]."""
         hidden = cpu.gather(self._embedding, tokens if isinstance(tokens, list) else tokens.tolist())
@@ -178,22 +169,20 @@ class PackedTransformer(Transformer):
         """A drafter's argmax [R] int64 and its probability [R], of states [R, D] under the drafter's norm [D]."""
         return self._head.guess(hidden, norm)
 
-    def draft(
-        self, caches: tuple[KVCache, KVCache], adapter: PackedStack, *, starts: Sequence[cpu.Start],
-        plan: cpu.Plan, states: tuple[Tensor, cpu.Room], head: tuple["PackedTransformer", Tensor]
-    ) -> tuple[list[cpu.Nodes], Tensor]:  # fmt: skip
-        """Draft with layers [0, e) and an adapter in one call, caches being theirs; cpu.Head.draft says how.
+    def plan_drafts(
+        self, adapter: PackedStack, bounds: tuple[int, int, int], *, head: tuple["PackedTransformer", Tensor]
+    ) -> cpu.DraftPlan:
+        """Drafts with layers [0, e) and an adapter, as cpu.DraftPlan says.
 
-        states: those that are pending, and a new_room() for others; head: the model whose head guesses, and
-        the norm [D] before it.
+        bounds: e, siblings a node may have, most nodes; head: the model whose head guesses, and the norm [D] before it.
         """
-        return head[0]._head.draft(
-            self._stack.place(caches[0]),
-            adapter.place(caches[1]),
-            starts=starts,
-            plan=plan,
-            states=states,
-            embedding_norm=(self._embedding, self.config.embedding_scale, head[1]),
+        return cpu.DraftPlan(
+            self._stack.native,
+            adapter.native,
+            bounds=bounds,
+            embedding=self._ends[:2],
+            head=(head[0]._head, head[1]),
+            chooser=self._ends[2],
         )
 
 
@@ -203,7 +192,7 @@ def pack(model: Transformer, storage: str = "float32") -> PackedTransformer:
                              head=model.head, storage=storage)  # fmt: skip
 
 
-def _locate(attention: AttentionPass) -> tuple[tuple[cpu.Cache, cpu.Tables], list[Segment]]:
+def _locate(attention: AttentionPass) -> tuple[cpu.Cached, list[Segment]]:
     """Cache, rotary tables and segments of a pass, as the native kernels take them."""
     assert isinstance(attention, CachedPass), "packed weights decode from a cache; train on the reference kernels"
     assert isinstance(attention.cache, PackedCache), "the cache of another backend"

@@ -16,6 +16,7 @@ from kangaroo.drafters import kangaroo as module
 from kangaroo.drafters.adapter import KINDS, Adapter, Kind
 from kangaroo.drafters.base import MAX_NODES, Batch, is_chain
 from kangaroo.drafters.base import Sequence as DecodedSequence
+from kangaroo.drafters.gate import GatedDrafter
 from kangaroo.drafters.kangaroo import KangarooDrafter, build
 from kangaroo.drafters.plain import PlainDrafter
 from kangaroo.drafters.settings import KangarooSettings
@@ -500,7 +501,7 @@ def test_drafts_of_one_call_are_those_made_level_by_level(
             patch.setattr(KangarooDrafter, "_run_shallow", None)
             native = probe_drafts(loose, target, stopping, branching=branching, wishes=wishes, kind=kind)
         with monkeypatch.context() as patch:
-            patch.setattr(module, "_describe_draw", lambda params: None)
+            patch.setattr(module, "describe_draw", lambda params: None)
             patch.setattr(KangarooDrafter, "_draft_in_one_call", None)
             levels = probe_drafts(loose, target, stopping, branching=branching, wishes=wishes, kind=kind)
         for mine, other in zip(native.drafts, levels.drafts, strict=True):
@@ -557,3 +558,106 @@ def test_long_prompt_reaches_a_packed_adapter_in_blocks(monkeypatch: pytest.Monk
     assert texts[0] == texts[1]
     # What did not reach it with the prompt does so with the first draft, whose own call takes a last block.
     assert blocks == ([[8], [3, 3, 2]] if is_drafting else [[], [3, 3]])
+
+
+@pytest.mark.parametrize("branching", [Branching(), Branching(3, 16)], ids=["chain", "tree"])
+@pytest.mark.parametrize("family", ["llama", "gemma2"])
+def test_greedy_drafts_are_verified_in_their_own_call_as_the_engine_verifies_them(
+    monkeypatch: pytest.MonkeyPatch, family: str, branching: Branching
+) -> None:
+    loose, stopping = tame_target(family), ConfidenceThreshold(5, 0.4)
+    target, heard = packed.pack(loose), {}
+    inner, decide = KangarooDrafter.draft, packed.PackedTransformer.decide
+    for is_asked in (True, False):
+        told: list[Any] = []
+        heard[is_asked] = told
+
+        def draft(self: KangarooDrafter, batch: Batch, is_asked: bool = is_asked, told: list[Any] = told) -> Draft:
+            made = inner(self, batch if is_asked else replace(batch, taps=None))
+            assert (made.verified is not None) == (is_asked and max(made.num_nodes) > 1)
+            if made.verified is not None:
+                told.append(made.verified.choices)
+            return made
+
+        def decided(self: Any, entering: Any, span: Any, told: list[Any] = told, **rest: Any) -> Any:
+            ids, taps = decide(self, entering, span, **rest)
+            if span[0] == EXIT_LAYER:
+                told.append(ids)
+            return ids, taps
+
+        with monkeypatch.context() as patch:
+            patch.setattr(KangarooDrafter, "draft", draft)
+            patch.setattr(packed.PackedTransformer, "decide", decided)
+            drafter = KangarooDrafter(target, make_drafter(loose, stopping)._adapter.pack(target),
+                                      stopping=stopping, branching=branching)  # fmt: skip
+            engine = Engine(target, drafter, limits=Limits(max_batch_size=3), pace=Pace((3, 1, MAX_NODES)))
+            begun = [engine.submit(Request(PROMPT[: 3 + row], params)) for row, params in enumerate(GREEDY)]
+            for decoding in begun:
+                engine.run(decoding)
+        told.append([decoding.new_tokens for decoding in begun])
+    assert len(heard[True]) > 5
+    assert heard[True] == heard[False]
+
+
+@pytest.mark.parametrize(
+    "wish", [SAMPLED[0], SamplingParams(24, logprobs=2), SamplingParams(24, repetition_penalty=1.3)]
+)
+def test_drafts_beside_one_that_needs_logits_are_left_to_the_engine(wish: SamplingParams) -> None:
+    loose, stopping = tame_target(), FixedLength(3)
+    target = packed.pack(loose)
+    probing = probe_drafts(loose, target, stopping, branching=Branching(), wishes=[GREEDY[0], wish])
+    assert any(len(draft.parents) == 2 and max(draft.num_nodes) > 1 for draft in probing.drafts)
+    assert all(draft.verified is None for draft in probing.drafts if len(draft.parents) == 2)
+
+
+def test_drafts_of_a_drafter_whose_taps_are_not_all_its_own_are_left_to_the_engine() -> None:
+    loose, stopping = tame_target(), FixedLength(3)
+    target = packed.pack(loose)
+    drafter = KangarooDrafter(target, make_drafter(loose, stopping)._adapter.pack(target), stopping=stopping)
+    probing, gated = Probing(drafter, target), GatedDrafter(target, drafter, threshold=0.0)
+    engine = Engine(target, gated)
+    engine.run(engine.submit(Request(PROMPT, GREEDY[0])))
+    assert any(draft.num_nodes[0] > 1 for draft in probing.drafts)
+    assert all(draft.verified is None for draft in probing.drafts)
+
+
+def test_verifying_in_the_drafts_own_call_counts_as_verification() -> None:
+    loose, stopping = tame_target(), FixedLength(3)
+    target = packed.pack(loose)
+    drafter = KangarooDrafter(target, make_drafter(loose, stopping)._adapter.pack(target), stopping=stopping)
+    probing, engine = Probing(drafter, target), Engine(target, drafter)
+    decoding = engine.submit(Request(PROMPT, GREEDY[0]))
+    engine.run(decoding)
+    verified = [draft.verified for draft in probing.drafts if draft.verified is not None]
+    assert verified
+    assert 0 < sum(one.time_s for one in verified) < decoding.verify_time_s
+    assert decoding.draft_time_s > 0
+    assert decoding.draft_time_s + decoding.verify_time_s <= decoding.decode_time_s
+
+
+def test_states_that_wait_outlive_drafts_for_others() -> None:
+    loose, stopping = tame_target(), FixedLength(3)
+    target = packed.pack(loose)
+    drafter = KangarooDrafter(target, make_drafter(loose, stopping)._adapter.pack(target), stopping=stopping)
+    sequences = [DecodedSequence(Request(PROMPT, SamplingParams()), slot=slot, max_draft=3) for slot in range(2)]
+    batch = Batch(target, target.new_cache(2, 64), sequences)
+    drafter.begin(sequences, num_slots=64)
+    prefill(batch, drafter, num_rows=[len(PROMPT) - 1] * 2)
+    draft = drafter.draft(batch)
+    assert draft.hidden is not None
+    place, states = draft.hidden.data_ptr(), draft.hidden.clone()
+    path = (0, 1, 2, 3)
+    for sequence in sequences:
+        batch.cache.keep(sequence.slot, list(path))
+        for token in [*draft.tokens[sequence.slot][1:], 5]:
+            sequence.append(int(token), "draft")
+    taps = tuple({EXIT_LAYER: states[first : first + 4].clone()} for first in (0, 4))
+    drafter.accept(sequences, Outcome(paths=(path, path), tokens=((), ()), taps=taps))
+    (waiting,) = drafter._memory[sequences[0]].pending
+    assert torch.equal(waiting, states[3:4])
+    other = drafter.draft(Batch(target, batch.cache, sequences[1:]))
+    assert other.hidden is not None
+    assert other.hidden.data_ptr() == place
+    assert not torch.equal(other.hidden[3:4], states[3:4])
+    (waiting,) = drafter._memory[sequences[0]].pending
+    assert torch.equal(waiting, states[3:4])

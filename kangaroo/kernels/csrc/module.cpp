@@ -29,8 +29,8 @@ using Vector = nb::ndarray<const float, nb::ndim<1>, nb::c_contig, nb::device::c
 // (sequence, base, number of rows, parents of the nodes or None for a chain, first node)
 using SegmentArgument = std::tuple<size_t, size_t, size_t, std::optional<std::vector<int32_t>>, size_t>;
 
-// Addresses of cosine and sine [num_positions, E], and num_positions.
-using Tables = std::tuple<uintptr_t, uintptr_t, size_t>;
+// Addresses of cosine and sine [num_positions, E], num_positions, and E.
+using Tables = std::tuple<uintptr_t, uintptr_t, size_t, size_t>;
 
 #if defined(__aarch64__)
 const Kernels* const simplest_kernels = &neon_kernels();
@@ -225,6 +225,7 @@ void add_rows(Pass& pass, const SegmentArgument& argument, size_t num_positions)
 }
 
 const char* const kOneStateEach = "every row needs a state";
+const char* const kOneHiddenSize = "layers, embedding and heads must have one hidden size";
 
 // A pass over a span of a stack's layers, still without rows.
 Pass make_pass(const Stack& stack, const Cache& cache, std::pair<size_t, size_t> span, const Tables& tables) {
@@ -238,6 +239,7 @@ Pass make_pass(const Stack& stack, const Cache& cache, std::pair<size_t, size_t>
   require(cache.num_layers == stack.layers.size() && cache.num_kv_heads == stack.shape.num_kv_heads &&
               cache.head_dim == stack.shape.head_dim,
           "the cache must be made for these layers");
+  require(std::get<3>(tables) == stack.shape.head_dim, "the rotary tables must be for heads of this size");
   pass.cosine = at<const float>(std::get<0>(tables));
   pass.sine = at<const float>(std::get<1>(tables));
   return pass;
@@ -312,7 +314,7 @@ std::vector<int64_t> decide(const Stack& stack, const Cache& cache, std::pair<si
   }
   std::vector<int64_t> ids(pass.num_rows);
   HeadPass head_pass = make_head_pass(head, pass.num_rows, nullptr);
-  require(head_pass.head->num_inputs == size, "stack and head must have one hidden size");
+  require(head_pass.head->num_inputs == size, kOneHiddenSize);
   head_pass.argmax = ids.data();
   nb::gil_scoped_release released;
   std::lock_guard<std::mutex> lock(pass_mutex);
@@ -352,8 +354,9 @@ using Draw = std::tuple<uint64_t, float, size_t, double, double>;
 // A sequence to draft for: its slot and committed tokens in the target's cache and in the drafter's, the root token,
 // how many of its states are pending, how deep to draft, and how to draw.
 using Start = std::tuple<size_t, size_t, size_t, size_t, int64_t, size_t, size_t, Draw>;
-// Tokens, parents and confidences of a draft's nodes.
-using Nodes = std::tuple<std::vector<int64_t>, std::vector<int32_t>, std::vector<float>>;
+// Tokens, parents and confidences of the nodes of every sequence's draft.
+using Nodes = std::tuple<std::vector<std::vector<int64_t>>, std::vector<std::vector<int32_t>>,
+                         std::vector<std::vector<float>>>;
 
 // A draft as it grows, level by level; drafters/tree.py says by which rule.
 struct Tree {
@@ -486,7 +489,24 @@ class Drafting {
     prepare_shallow();
   }
 
-  void run(Team& team) {
+  // Have the target's other layers and its head judge the drafts.
+  void verify_with(const HeadPass& chooser) { chooser_ = chooser; }
+
+  // states: room for those of every node, written tree by tree.
+  void run(float* states, Team& team) {
+    draft(team);
+    if (team.thread == 0) finish(states);
+    if (!chooser_) return;
+    team.meet();
+    active_kernels->run_span(deep_, team);
+    active_kernels->run_head(*chooser_, team);
+  }
+
+  std::vector<int64_t> choices;  // behind every node, tree by tree
+  std::chrono::steady_clock::time_point drafted;
+
+ private:
+  void draft(Team& team) {
     for (;;) {
       active_kernels->run_span(shallow_, team);
       if (team.thread == 0) prepare_adapter();
@@ -507,7 +527,30 @@ class Drafting {
     }
   }
 
- private:
+  // Hand over the states, and point the deep pass at all nodes of every tree.
+  void finish(float* states) {
+    float* to = states;
+    for (const Tree& tree : trees) to = std::copy(tree.states.begin(), tree.states.end(), to);
+    drafted = std::chrono::steady_clock::now();
+    if (!chooser_) return;
+    const auto& [stack, cache, tables] = target_;
+    workspace().reset();
+    deep_ = make_pass(stack, cache, {exit_layer_, stack.layers.size()}, tables);
+    for (const Tree& tree : trees) {
+      const size_t count = tree.num_nodes();
+      add_rows(deep_, {tree.slot, tree.base, count, tree.parents_of(count), 0}, std::get<2>(tables));
+    }
+    deep_.num_rows = chooser_->num_rows = deep_.rows.size();
+    deep_.hidden = states;
+    deep_.out = workspace().take_states(deep_.num_rows, size_);
+    chooser_->hidden = deep_.out;
+    choices.resize(deep_.num_rows);
+    chooser_->argmax = choices.data();
+    const size_t num_threads = Pool::instance().num_threads();
+    workspace().prepare(deep_, num_threads);
+    workspace().prepare(*chooser_, num_threads);
+  }
+
   // Point the shallow pass at the newest level of every tree.
   void prepare_shallow() {
     const auto& [stack, cache, tables] = target_;
@@ -699,68 +742,90 @@ class Drafting {
   size_t size_, depth_ = 0;
   bool needs_logits_ = false;
   const float* pending_ = nullptr;
-  Pass shallow_, adapter_pass_;
+  Pass shallow_, adapter_pass_, deep_;
+  std::optional<HeadPass> chooser_;
   std::vector<Tree*> level_, growing_;
   std::vector<float> entering_, leaving_, fresh_, adapted_, logits_, confidences_;
   std::vector<int64_t> best_;
   std::vector<std::vector<std::pair<int64_t, float>>> ranked_;
 };
 
-// pending_states: address of the states [P, D] the adapter has not seen, and P; address of room for those of every node
-// that leave layer exit_layer, written sequence by sequence, and how many rows that room has. plan: exit layer,
-// siblings, most nodes, threshold, prices of a branch and of a chain. Returns the nodes of every sequence.
-std::vector<Nodes> draft(const Place& target, const Place& adapter, const std::vector<Start>& starts,
-                         std::tuple<size_t, size_t, size_t, float, double, double> plan,
-                         std::tuple<uintptr_t, size_t, uintptr_t, size_t> pending_states,
-                         std::tuple<const Weight&, float, const Weight&, uintptr_t, float, float> embedding_head) {
-  const auto& [exit_layer, num_siblings, max_nodes, threshold, branch_price, chain_price] = plan;
-  const auto& [pending, num_unseen, states, num_rows] = pending_states;
-  const auto& [embedding, embedding_scale, output, norm, norm_eps, softcap] = embedding_head;
-  const Stack& stack = std::get<0>(target);
-  const size_t size = stack.shape.hidden_size;
-  require(std::get<0>(adapter).shape.hidden_size == size && embedding.num_inputs == size && output.num_inputs == size,
-          "target, adapter and head must have one hidden size");
-  require(!output.paired && !embedding.paired, "a head is no paired weight");
-  require(num_rows_of(output) <= num_rows_of(embedding), "every token must have an embedding");
-  require(std::get<0>(adapter).layers.size() == 1 && exit_layer > 0, "a draft needs an adapter of one layer");
-  require(num_siblings > 0 && max_nodes > 1 && !starts.empty(), "a draft needs sequences and room for guesses");
-  HeadPass head{};
-  head.head = &output;
-  head.norm = at<const float>(norm);
-  head.norm_eps = norm_eps;
-  head.softcap = softcap;
-  const Growth growth{num_siblings, max_nodes, threshold, branch_price, chain_price};
-  Drafting drafting(target, adapter, exit_layer, growth, embedding, embedding_scale, head);
-  // Nothing may be refused once the threads run: the largest trees there can be are checked here.
-  Pass shallow = make_pass(stack, std::get<1>(target), {0, exit_layer}, std::get<2>(target));
-  Pass adapted = make_pass(std::get<0>(adapter), std::get<1>(adapter), {0, 1}, std::get<2>(adapter));
-  size_t most_rows = 0, pending_rows = 0;
-  for (const auto& [slot, base, adapter_slot, adapter_base, root, num_pending, max_depth, draw] : starts) {
-    require(root >= 0 && static_cast<size_t>(root) < num_rows_of(embedding), "every token must have an embedding");
-    const size_t most = num_siblings == 1 ? std::min(max_nodes, max_depth + 1) : max_nodes;
-    add_rows(shallow, {slot, base, most, std::nullopt, 0}, std::get<2>(std::get<2>(target)));
-    add_rows(adapted, {adapter_slot, adapter_base, most, std::nullopt, num_pending}, std::get<2>(std::get<2>(adapter)));
-    most_rows += most;
-    pending_rows += num_pending;
-    Tree tree{slot, base, adapter_slot, adapter_base, num_pending, max_depth, draw, {root}};
-    drafting.trees.push_back(std::move(tree));
+// What stays the same from one draft to the next: the target, an adapter of one layer, and how trees may grow.
+class DraftPlan {
+ public:
+  // bounds: exit layer, siblings, most nodes; chooser: the target's own head, which says what follows a draft's nodes.
+  DraftPlan(const Stack& target, const Stack& adapter, std::tuple<size_t, size_t, size_t> bounds,
+            std::pair<std::shared_ptr<Weight>, float> embedding, const HeadArgument& head, const HeadArgument& chooser)
+      : target_(target), adapter_(adapter), exit_layer_(std::get<0>(bounds)), num_siblings_(std::get<1>(bounds)),
+        max_nodes_(std::get<2>(bounds)), embedding_(std::move(embedding.first)), embedding_scale_(embedding.second),
+        head_(head), chooser_(chooser) {
+    const size_t size = target.shape.hidden_size;
+    for (const HeadArgument* one : {&head, &chooser}) {
+      require(make_head_pass(*one, 0, nullptr).head->num_inputs == size, kOneHiddenSize);
+    }
+    require(adapter.shape.hidden_size == size && embedding_ && embedding_->num_inputs == size, kOneHiddenSize);
+    require(!embedding_->paired, "an embedding is no paired weight");
+    require(num_rows_of(*std::get<0>(head)) <= num_rows_of(*embedding_), "every token must have an embedding");
+    require(adapter.layers.size() == 1, "a draft needs an adapter of one layer");
+    require(exit_layer_ > 0 && exit_layer_ < target.layers.size(), "a draft leaves the target behind one of its layers");
+    require(num_siblings_ > 0 && max_nodes_ > 1, "a draft needs room for guesses");
   }
-  require(num_rows >= most_rows, "there must be room for every node's states");
-  require(num_unseen == pending_rows, "every pending row needs a state");
-  {
-    nb::gil_scoped_release released;
-    std::lock_guard<std::mutex> lock(pass_mutex);
-    drafting.start(at<const float>(pending));
-    Pool::instance().run([&drafting](Team& team) { drafting.run(team); });
+
+  // limits: threshold, prices of a branch and of a chain. states: address of those [P, D] the adapter has not seen, and
+  // P; address of room for those of every node that leave the exit layer, written sequence by sequence, and how many
+  // rows that room has. Returns the nodes of every sequence, and, where the drafts are to be verified, what follows
+  // each node of all of them, with the seconds that took.
+  std::tuple<Nodes, std::vector<int64_t>, double> draft(
+      std::pair<const Cache&, Tables> target, std::pair<const Cache&, Tables> adapter, const std::vector<Start>& starts,
+      std::tuple<float, double, double> limits, std::tuple<uintptr_t, size_t, uintptr_t, size_t> states,
+      bool verifies) const {
+    const auto& [pending, num_unseen, room, num_rows] = states;
+    const Growth growth{num_siblings_, max_nodes_, std::get<0>(limits), std::get<1>(limits), std::get<2>(limits)};
+    const Place place{target_, target.first, target.second}, adapter_place{adapter_, adapter.first, adapter.second};
+    Drafting drafting(place, adapter_place, exit_layer_, growth, *embedding_, embedding_scale_,
+                      make_head_pass(head_, 0, nullptr));
+    if (verifies) drafting.verify_with(make_head_pass(chooser_, 0, nullptr));
+    require(!starts.empty(), "a draft needs sequences");
+    // Nothing may be refused once the threads run: the largest trees there can be are checked here.
+    Pass shallow = make_pass(target_, target.first, {0, exit_layer_}, target.second);
+    Pass adapted = make_pass(adapter_, adapter.first, {0, 1}, adapter.second);
+    size_t most_rows = 0, pending_rows = 0;
+    for (const auto& [slot, base, adapter_slot, adapter_base, root, num_pending, max_depth, draw] : starts) {
+      require(root >= 0 && static_cast<size_t>(root) < num_rows_of(*embedding_),
+              "every token must have an embedding");
+      const size_t most = num_siblings_ == 1 ? std::min(max_nodes_, max_depth + 1) : max_nodes_;
+      add_rows(shallow, {slot, base, most, std::nullopt, 0}, std::get<2>(target.second));
+      add_rows(adapted, {adapter_slot, adapter_base, most, std::nullopt, num_pending}, std::get<2>(adapter.second));
+      most_rows += most;
+      pending_rows += num_pending;
+      Tree tree{slot, base, adapter_slot, adapter_base, num_pending, max_depth, draw, {root}};
+      drafting.trees.push_back(std::move(tree));
+    }
+    require(num_rows >= most_rows, "there must be room for every node's states");
+    require(num_unseen == pending_rows, "every pending row needs a state");
+    {
+      nb::gil_scoped_release released;
+      std::lock_guard<std::mutex> lock(pass_mutex);
+      drafting.start(at<const float>(pending));
+      Pool::instance().run([&](Team& team) { drafting.run(at<float>(room), team); });
+    }
+    const std::chrono::duration<double> verify_time = std::chrono::steady_clock::now() - drafting.drafted;
+    Nodes nodes;
+    for (Tree& tree : drafting.trees) {
+      std::get<0>(nodes).push_back(std::move(tree.tokens));
+      std::get<1>(nodes).push_back(std::move(tree.parents));
+      std::get<2>(nodes).push_back(std::move(tree.confidences));
+    }
+    return {std::move(nodes), std::move(drafting.choices), verify_time.count()};
   }
-  std::vector<Nodes> drafted;
-  float* to = at<float>(states);
-  for (Tree& tree : drafting.trees) {
-    to = std::copy(tree.states.begin(), tree.states.end(), to);
-    drafted.emplace_back(std::move(tree.tokens), std::move(tree.parents), std::move(tree.confidences));
-  }
-  return drafted;
-}
+
+ private:
+  const Stack &target_, &adapter_;
+  size_t exit_layer_, num_siblings_, max_nodes_;
+  std::shared_ptr<Weight> embedding_;
+  float embedding_scale_;
+  HeadArgument head_, chooser_;
+};
 
 void run_linear(const Weight& weight, uintptr_t hidden, size_t num_rows, uintptr_t out) {
   require(!weight.paired && num_rows > 0, "linear() takes an unpaired weight and at least one row");
@@ -880,7 +945,12 @@ NB_MODULE(_native, module) {
            "skips"_a)
       .def("decide", &decide, "cache"_a, "span"_a, "segments"_a, "entering"_a, "taps"_a, "tables"_a, "head"_a);
   module.def("run_head", &run_head, "head"_a, "states"_a);
-  module.def("draft", &draft, "target"_a, "adapter"_a, "starts"_a, "plan"_a, "pending_states"_a, "embedding_head"_a);
+  nb::class_<DraftPlan>(module, "DraftPlan")
+      .def(nb::init<const Stack&, const Stack&, std::tuple<size_t, size_t, size_t>,
+                    std::pair<std::shared_ptr<Weight>, float>, const HeadArgument&, const HeadArgument&>(),
+           "target"_a, "adapter"_a, "bounds"_a, "embedding"_a, "head"_a, "chooser"_a, nb::keep_alive<1, 2>(),
+           nb::keep_alive<1, 3>())
+      .def("draft", &DraftPlan::draft, "target"_a, "adapter"_a, "starts"_a, "limits"_a, "states"_a, "verifies"_a);
   module.def("linear", &run_linear, "weight"_a, "hidden"_a, "num_rows"_a, "out"_a);
   module.def("instruction_sets", &instruction_sets);
   module.def("select", &select_instruction_set, "name"_a);
