@@ -284,7 +284,8 @@ class KangarooDrafter:
             memory, num_nodes = self._memory[sequence], len(shape)
             if start[6]:
                 self._cache.truncate(start[2], start[3] + start[5])
-                memory.pending, memory.first_row = [], first_row
+                memory.pending = []
+            memory.first_row = first_row if num_nodes > 1 else None
             first_row += num_nodes
             # Those that got children are known to the adapter.
             memory.fed = set(shape[1:])

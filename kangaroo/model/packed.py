@@ -53,7 +53,7 @@ class PackedStack:
     def __init__(self, config: ModelConfig) -> None:
         self._config = config
         self._rotary = Rotary(config.rope, config.head_dim, device=CPU)
-        self.native = cpu.Stack(
+        self.kernels = cpu.Stack(
             (config.hidden_size, config.num_heads, config.num_kv_heads, config.head_dim),
             norm_eps=config.norm_eps,
             attention_scale=config.attention_scale,
@@ -72,14 +72,14 @@ class PackedStack:
             else None
             for name in LINEARS
         ]
-        self.native.add_layer(weights, tensors, window=window)
+        self.kernels.add_layer(weights, tensors, window=window)
 
     def run(self, hidden: Tensor, span: tuple[int, int], *, attention: AttentionPass, taps: Sequence[int] = (),
             skips: SkippedSublayers = NO_SKIPS) -> tuple[Tensor, dict[int, Tensor]]:  # fmt: skip
         """Run layers [i, j) over states [R, D]; returns what leaves them, and the tapped states."""
         cached, segments = _locate(attention)
         described = [] if skips is NO_SKIPS else _describe(skips, self._config.num_layers)
-        return self.native.run(hidden, span, cached=cached, segments=segments, taps=taps, skips=described)
+        return self.kernels.run(hidden, span, cached=cached, segments=segments, taps=taps, skips=described)
 
     def decide(
         self, entering: Tensor | list[int], span: tuple[int, int], *, attention: AttentionPass, taps: Sequence[int],
@@ -87,7 +87,7 @@ class PackedStack:
     ) -> tuple[list[int], dict[int, Tensor]]:  # fmt: skip
         """An embedding, layers [i, j) and a head as one call: its argmax [R] and the tapped states."""
         cached, segments = _locate(attention)
-        return self.native.decide(entering, span, cached=cached, segments=segments, taps=taps, ends=ends)
+        return self.kernels.decide(entering, span, cached=cached, segments=segments, taps=taps, ends=ends)
 
     def new_cache(self, num_sequences: int, num_slots: int) -> PackedCache:
         """An empty cache for these layers."""
@@ -177,8 +177,8 @@ class PackedTransformer(Transformer):
         bounds: e, siblings a node may have, most nodes; head: the model whose head guesses, and the norm [D] before it.
         """
         return cpu.DraftPlan(
-            self._stack.native,
-            adapter.native,
+            self._stack.kernels,
+            adapter.kernels,
             bounds=bounds,
             embedding=self._ends[:2],
             head=(head[0]._head, head[1]),

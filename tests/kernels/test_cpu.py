@@ -644,6 +644,100 @@ def test_what_does_not_fit_the_stack_is_not_decided() -> None:
     refused(lambda: small.decide([1, 2], segment, head=head), "one hidden size")
 
 
+# Drafting in one call; tests/drafters/test_kangaroo.py compares it with drafting level by level
+
+CHAIN_BOUNDS = 1, 1, 8
+NO_LIMITS = 0.0, 0.0, 0.0
+GREEDY_DRAW = 0, 0.0, 0, 1.0, 0.0
+
+
+class Planned:
+    """Drafts with the first layer of a small model and an adapter."""
+
+    def __init__(self, *, bounds: tuple[int, int, int] = CHAIN_BOUNDS, **parts: Any) -> None:
+        self.model, self.adapter = SmallModel(), parts.get("adapter") or SmallStack(num_layers=1)
+        head = parts.get("head", self.model.head)
+        self.plan = cpu.DraftPlan(
+            self.model.stack,
+            self.adapter.stack,
+            bounds=bounds,
+            embedding=(parts.get("embedding", self.model.embedding), 1.0),
+            head=(head, noise(head.weight.num_inputs, seed=73)),
+            chooser=self.model.head.describe(self.model.norm, (0, 0, 0)),
+        )
+        self.caches = [self.model.cache(), self.adapter.cache()]
+
+    def draft(self, *, depth: int = 4, base: int = 0, root: int = 7, pending: torch.Tensor | None = None,
+              verifies: bool = False, tables: torch.Tensor | None = None) -> Any:  # fmt: skip
+        pending = torch.empty(0, 20) if pending is None else pending
+        tables = self.model.tables if tables is None else tables
+        start = 0, base, 0, base, root, pending.shape[0], depth, GREEDY_DRAW
+        target, adapter = [(cache, cpu.Tables(tables)) for cache in self.caches]
+        return self.plan.draft(target, adapter, starts=[start], limits=NO_LIMITS, pending=pending, verifies=verifies)
+
+
+@pytest.mark.parametrize("depth", [1, 4, 7])
+def test_a_draft_is_verified_in_its_own_call_as_by_a_pass_of_its_own(depth: int) -> None:
+    (nodes, states, (following, time_s)), small = Planned().draft(depth=depth, verifies=True), SmallModel()
+    (tokens,), (parents,), (confidences,) = nodes
+    assert tokens[0] == 7
+    assert parents == list(range(-1, depth))
+    assert len(tokens) == len(confidences) == depth + 1
+    expected, inner = small.decide(tokens, (0, 0, depth + 1, None, 0), taps=(1,))
+    assert torch.equal(states, inner[1])
+    assert following == expected
+    assert time_s > 0
+
+
+def test_a_draft_that_is_not_to_be_verified_is_the_same_and_says_nothing() -> None:
+    nodes, states, (following, _) = Planned().draft()
+    expected, others, _ = Planned().draft(verifies=True)
+    assert nodes[:2] == expected[:2]
+    assert torch.equal(states, others)
+    assert following == []
+
+
+def test_states_of_a_draft_lie_where_the_next_one_writes() -> None:
+    planned = Planned()
+    _, states, _ = planned.draft()
+    before, place = states.clone(), states.data_ptr()
+    assert torch.equal(planned.plan.states(2, 4), before[2:4])
+    _, others, _ = planned.draft(root=3)
+    assert others.data_ptr() == place
+    assert not torch.equal(planned.plan.states(2, 4), before[2:4])
+
+
+@pytest.mark.parametrize(
+    ("bounds", "match"),
+    [((0, 1, 8), "behind one of its layers"), ((2, 1, 8), "behind one of its layers"), ((1, 0, 8), "room for guesses"),
+     ((1, 1, 1), "room for guesses")],
+)  # fmt: skip
+def test_plans_that_cannot_be_are_refused(bounds: tuple[int, int, int], match: str) -> None:
+    refused(lambda: Planned(bounds=bounds), match)
+
+
+def test_parts_that_do_not_fit_a_plan_are_refused() -> None:
+    narrow = cpu.pack(noise(30, 19), storage="float32")
+    refused(lambda: Planned(adapter=SmallStack()), "adapter of one layer")
+    refused(lambda: Planned(adapter=SmallStack(sizes=(19, 2, 1, 6), num_layers=1)), "one hidden size")
+    refused(lambda: Planned(embedding=narrow), "one hidden size")
+    refused(lambda: Planned(head=cpu.Head(narrow, norm_eps=1e-6, softcap=None)), "one hidden size")
+    refused(lambda: Planned(embedding=cpu.pack(noise(29, 20), storage="float32")), "must have an embedding")
+    paired = cpu.pack(noise(60, 20), storage="float32", paired=True)
+    refused(lambda: Planned(embedding=paired), "no paired weight")
+
+
+def test_drafts_that_do_not_fit_are_refused_and_the_next_one_is_made() -> None:
+    planned = Planned()
+    expected = planned.draft()[0]
+    refused(lambda: planned.draft(root=30), "must have an embedding")
+    refused(lambda: planned.draft(root=-1), "must have an embedding")
+    refused(lambda: planned.draft(base=28), "must fit the cache")
+    refused(lambda: planned.draft(pending=noise(1, 19)), "contiguous float32")
+    refused(lambda: planned.draft(tables=planned.model.tables[..., :4].contiguous()), "for heads of")
+    assert planned.draft()[0] == expected
+
+
 def test_unknown_instruction_sets_and_thread_counts_are_refused() -> None:
     chosen = cpu.selected(), cpu.num_threads()
     with pytest.raises(SettingsError, match=r"instruction set must be one of .*baseline.*, got sse9"):
