@@ -146,10 +146,14 @@ class Request:
 
 
 class Verified(NamedTuple):
-    """What the target says of a draft: the argmax behind every node, packed as Draft.hidden, and the time it took."""
+    """What the target says of a draft: the argmax behind every node, packed as Draft.hidden, and the time it took.
+
+    taps: the states [R, D] of all nodes, by the layer they enter, of every layer that the batch asks for.
+    """
 
     choices: Sequence[int]
     time_s: float
+    taps: Mapping[int, Tensor]
 
 
 @dataclass(frozen=True)
@@ -164,7 +168,8 @@ class Draft:
     lookup makes of its matches; None where the drafter has none, or the host does not know it.
     proposals: for every sequence, by node, the distribution [V] that its children were drawn from, float64; a node
     that has none drew its children from no distribution. None where no request asks for it (SamplingParams.acceptance).
-    verified: what the target says, where the drafter had it read the draft in the same call.
+    verified: what the target says, where the drafter had it read the draft in the same call: only for a batch that
+    takes the argmax, and says what to tap.
     """
 
     tokens: Sequence[Sequence[int]] | Tensor

@@ -32,9 +32,22 @@ def spoil_wide_passes(monkeypatch: pytest.MonkeyPatch, spoil: Spoil, *, owner: t
         cpu._native.run_head((*head[:4], (0, ids.data_ptr(), 0)), (out.data_ptr(), len(out)))
         return ids.tolist(), tapped
 
+    def draft(self: cpu.DraftPlan, *places: Any, taps: Any, **settings: Any) -> Any:
+        num_layers = self._ends[1]
+        asked = None if taps is None else (*taps, num_layers)
+        nodes, states, verified = draft_alone(self, *places, taps=asked, **settings)
+        if verified is None or len(verified[0]) == 1:
+            return nodes, states, verified
+        _, time_s, tapped = verified
+        out = tapped[num_layers] = spoil(tapped[num_layers])
+        head, norm = self._heads[1]
+        return nodes, states, (head.argmax(out, norm).tolist(), time_s, tapped)
+
+    draft_alone = cpu.DraftPlan.draft
     monkeypatch.setattr(owner, name, perturbed)
     if owner is cpu.Stack:
         monkeypatch.setattr(owner, "decide", decide)
+        monkeypatch.setattr(cpu.DraftPlan, "draft", draft)
 
 
 def one_ulp(states: Tensor) -> Tensor:

@@ -182,7 +182,11 @@ class _WatchedRun:
         self._drafter.begin(sequences, num_slots=num_slots)
 
     def draft(self, batch: Batch) -> Draft:
+        if batch.taps is not None:
+            batch = replace(batch, taps=(*batch.taps, self._target.num_layers))
         draft = self._drafter.draft(batch)
+        if draft.verified is not None:
+            self._chosen_from = draft.verified.taps[self._target.num_layers]
         self._draft_depth = max(depths_of(draft.parents[0]))
         return draft
 

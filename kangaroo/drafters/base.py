@@ -71,8 +71,8 @@ DEFAULT_PRICES = Prices()
 class Batch:
     """The sequences of one step, with the target, the cache that a self-drafting drafter shares, and prices.
 
-    taps: of which layers the states are wanted where the target reads the draft; None where the drafter must leave that
-    to the engine.
+    taps: the layers whose entering states are wanted where the drafter has the target read its draft in the same call
+    (types.Draft.verified); None where it must leave that to the engine.
     """
 
     target: Transformer

@@ -8,6 +8,7 @@ Shapes: D hidden size, V vocabulary, B sequences, F nodes of one level of their 
 
 from __future__ import annotations
 
+from collections.abc import Mapping
 from collections.abc import Sequence as SequenceOf
 from dataclasses import dataclass, field, replace
 from itertools import takewhile
@@ -67,15 +68,13 @@ class _Memory:
     """What is held per sequence between steps.
 
     draw: how the native kernels draw guesses, None where they cannot. pending: states [R, D] of committed tokens that
-    the adapter has not been fed yet. fed: the nodes of the last draft that it has; num_drafted: how deep it was;
-    first_row: where its states begin among those of the plan, None where it was not made there.
+    the adapter has not been fed yet. fed: the nodes of the last draft that it has; num_drafted: how deep it was.
     """
 
     draw: Draw | None
     pending: list[Tensor] = field(default_factory=list)
     fed: set[int] = field(default_factory=set)
     num_drafted: int = 0
-    first_row: int | None = None
 
 
 @dataclass
@@ -117,6 +116,10 @@ class KangarooDrafter:
         """Make room in the adapter's own cache; one without attention never fills it."""
         room = num_slots if self._attends else MAX_NODES
         self._cache.reserve(1 + max(sequence.slot for sequence in sequences), room)
+        if len(self._memory) == 1:
+            # It may now wait while others draft.
+            (alone,) = self._memory.values()
+            alone.pending = [states.clone() for states in alone.pending]
         for sequence in sequences:
             self._cache.truncate(sequence.slot, 0)
             self._memory[sequence] = _Memory(describe_draw(sequence.request.params))
@@ -155,11 +158,8 @@ class KangarooDrafter:
         for growth in growths:
             memory = self._memory[growth.sequence]
             memory.fed, memory.num_drafted = growth.fed, len(growth.states) - 1
-        draft = replace(
-            assemble(growths),
-            resume_layer=self.exit_layer,
-            hidden=torch.cat([states for growth in growths for states in growth.states]),
-        )
+        hidden = torch.cat([states for growth in growths for states in growth.states])
+        draft = replace(assemble(growths), resume_layer=self.exit_layer, hidden=hidden)
         return replace(draft, tokens=join_levels(levels, len(growths)), confidence=None) if is_blind else draft
 
     def accept(self, sequences: SequenceOf[Sequence], outcome: Outcome) -> None:
@@ -174,22 +174,29 @@ class KangarooDrafter:
                 kept = list(takewhile(memory.fed.__contains__, path))
                 self._cache.keep(sequence.slot, kept)
             if self._attends and len(kept) < len(path):
-                if self._plan is None or memory.first_row is None or path[-1] >= len(path):
-                    states = taps[self.exit_layer][len(kept) :]
-                else:
-                    # From where they were drafted they come without a tensor operation.
-                    states = self._plan.states(memory.first_row + len(kept), memory.first_row + len(path))
-                memory.pending.append(states)
+                memory.pending.append(self._set_aside(memory, path, taps=taps, num_kept=len(kept)))
                 if sequence.max_draft > 0 and sum([one.shape[0] for one in memory.pending]) > FEW_ROWS:
                     memory.pending = [self._shorten(sequence, 0)]
             if memory.num_drafted:
                 self._stopping.observe(memory.num_drafted, len(path) - 1)
-            memory.fed, memory.num_drafted, memory.first_row = set(), 0, None
+            memory.fed, memory.num_drafted = set(), 0
 
     def end(self, sequences: SequenceOf[Sequence]) -> None:
         """Forget these sequences."""
         for sequence in sequences:
             self._memory.pop(sequence, None)
+
+    def _set_aside(
+        self, memory: _Memory, path: SequenceOf[int], *, taps: Mapping[int, Tensor], num_kept: int
+    ) -> Tensor:
+        """The states of an accepted path behind its first nodes, which stay what they are until the next draft."""
+        if len(self._memory) > 1:
+            # Others may draft before this one does, and their states are written where these lie.
+            return taps[self.exit_layer][num_kept:].clone()
+        if self._plan is None or memory.draw is None or not memory.num_drafted or path[-1] >= len(path):
+            return taps[self.exit_layer][num_kept:]
+        # From where a chain was drafted they come without a tensor operation.
+        return self._plan.states(num_kept, len(path))
 
     def _run_shallow(self, batch: Batch, growths: SequenceOf[_Growth], *, tokens: Tensor) -> None:
         """Layers [0, e) over the newest level of every tree, tokens [F], on the target's own cache."""
@@ -258,17 +265,12 @@ class KangarooDrafter:
     def _draft_in_one_call(self, batch: Batch, most: SequenceOf[int]) -> Draft:
         """The same trees, at most so deep, on packed weights, without returning to Python between levels."""
         assert self._plan is not None, "packed weights only"
-        starts, pending, verifies = [], [], batch.taps == self.taps
-        if len(self._memory) > 1:
-            # What the last draft wrote is written over now.
-            drafting = {sequence for sequence, depth in zip(batch.sequences, most, strict=True) if depth}
-            for memory in (memory for sequence, memory in self._memory.items() if sequence not in drafting):
-                memory.pending = [states.clone() for states in memory.pending]
+        starts, pending, is_greedy = [], [], True
         for sequence, depth in zip(batch.sequences, most, strict=True):
             memory, slot = self._memory[sequence], sequence.slot
             states = self._shorten(sequence, FEED_ROWS) if depth else self._nothing
             pending.append(states)
-            verifies = verifies and not sequence.needs_logits
+            is_greedy = is_greedy and not sequence.needs_logits
             starts.append((slot, batch.cache.lengths[slot], slot, self._cache.lengths[slot], sequence.tokens[-1],
                            states.shape[0], depth, memory.draw or NO_DRAW))  # fmt: skip
         (tokens, parents, confidence), states, verified = self._plan.draft(
@@ -277,24 +279,21 @@ class KangarooDrafter:
             starts=starts,
             limits=(self._stopping.threshold, *batch.prices),
             pending=pending[0] if len(pending) == 1 else torch.cat(pending),
-            verifies=verifies,
+            taps=batch.taps if is_greedy else None,
         )
-        first_row = 0
         for sequence, start, shape in zip(batch.sequences, starts, parents, strict=True):
-            memory, num_nodes = self._memory[sequence], len(shape)
+            memory = self._memory[sequence]
             if start[6]:
                 self._cache.truncate(start[2], start[3] + start[5])
                 memory.pending = []
-            memory.first_row = first_row if num_nodes > 1 else None
-            first_row += num_nodes
             # Those that got children are known to the adapter.
             memory.fed = set(shape[1:])
-            memory.num_drafted = num_nodes - 1 if self._branching.num_siblings == 1 else max(depths_of(shape))
+            memory.num_drafted = len(shape) - 1 if self._branching.num_siblings == 1 else max(depths_of(shape))
         return Draft(
             tokens,
             parents,
             resume_layer=self.exit_layer,
             hidden=states,
             confidence=confidence,
-            verified=Verified(*verified) if verifies else None,
+            verified=Verified(*verified) if verified else None,
         )

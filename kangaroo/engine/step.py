@@ -87,9 +87,10 @@ def verify_draft(batch: Batch, drafter: Drafter, *, draft: Draft) -> Outcome:
 def _read(batch: Batch, draft: Draft, *, choices: "_Choices", taps: tuple[int, ...]) -> Mapping[int, Tensor]:
     """Have the target read the draft unless it has, and note what it says; returns the tapped states [R, D]."""
     if draft.verified is not None:
-        assert draft.hidden is not None, "there is nothing to resume from"
-        choices.ids = draft.verified.choices
-        return {draft.resume_layer: draft.hidden}
+        choices.ids, _, tapped = draft.verified
+        assert not any(choices.wanting), "more than the argmax is wanted"
+        assert len(choices.ids) == sum(draft.num_nodes), "the target has read another draft"
+        return tapped
     target = batch.target
     segments = [batch.segment(row, num_rows=len(parents), parents=parents) for row, parents in enumerate(draft.parents)]
     attention = CachedPass(batch.cache, segments)

@@ -69,7 +69,7 @@ class DraftPlan:
         adapter: tuple[Cache, tuple[int, int, int, int]],
         starts: Sequence[tuple[int, int, int, int, int, int, int, tuple[int, float, int, float, float]]],
         limits: tuple[float, float, float],
-        states: tuple[int, int, int, int],
+        states: tuple[int, int, int, int, int],
         verifies: bool,
     ) -> tuple[tuple[list[list[int]], list[list[int]], list[list[float]]], list[int], float]: ...
 

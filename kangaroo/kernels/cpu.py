@@ -124,7 +124,7 @@ class Stack:
     def __init__(self, sizes: tuple[int, int, int, int], *, norm_eps: float, attention_scale: float,
                  softcap: float | None, activation: str) -> None:  # fmt: skip
         """sizes: hidden size, heads, key-value heads, head size."""
-        self.hidden_size = sizes[0]
+        self.hidden_size, self.num_layers = sizes[0], 0
         self.native = _native.Stack(sizes, norm_eps, attention_scale, softcap or 0.0, activation == "gelu_tanh")
 
     def add_layer(self, weights: Sequence[Weight | None], norms: Mapping[str, Tensor], *, window: int | None) -> None:
@@ -134,6 +134,7 @@ class Stack:
         """
         given = [norms[name].detach().float().contiguous() if name in norms else None for name in NORMS]
         self.native.add_layer(list(weights), given, window or 0)
+        self.num_layers += 1
 
     def run(self, hidden: Tensor, span: tuple[int, int], *, cached: Cached, segments: Sequence[Segment],
             taps: Sequence[int] = (), skips: Sequence[int] = ()) -> tuple[Tensor, dict[int, Tensor]]:  # fmt: skip
@@ -237,39 +238,50 @@ class DraftPlan:
 
     def __init__(
         self, target: Stack, adapter: Stack, *, bounds: tuple[int, int, int], embedding: tuple[Weight, float],
-        head: tuple[Head, Tensor], chooser: HeadPass
+        heads: Sequence[tuple[Head, Tensor]]
     ) -> None:  # fmt: skip
         """bounds: exit layer e, siblings a node may have, most nodes of a draft; embedding: with its scale.
 
-        head: what guesses, and the norm [D] before it; chooser: the target's own.
+        heads: what guesses and the target's own, each with the norm [D] before it.
         """
         self._bounds, self._hidden_size = bounds, target.hidden_size
+        self._ends = bounds[0], target.num_layers
         self._room = _Room(target.hidden_size)
-        # Its address is good for as long as it lives.
-        self._norm = head[1]
-        guesser = head[0].describe(self._norm, (0, 0, 0))
+        # The norms' addresses are good for as long as they live.
+        self._heads = heads
+        guesser, chooser = [head.describe(norm, (0, 0, 0)) for head, norm in heads]
         self._plan = _native.DraftPlan(target.native, adapter.native, bounds, embedding, guesser, chooser)
 
     def draft(
         self, target: Cached, adapter: Cached, *, starts: Sequence[Start], limits: tuple[float, float, float],
-        pending: Tensor, verifies: bool
-    ) -> tuple[Nodes, Tensor, tuple[list[int], float]]:  # fmt: skip
+        pending: Tensor, taps: Sequence[int] | None
+    ) -> tuple[Nodes, Tensor, tuple[list[int], float, dict[int, Tensor]] | None]:  # fmt: skip
         """Draft in one call; trees grow as drafters/tree.py says.
 
         limits: the confidence below which a node gets no children, and what a branch and a chain's token must promise.
-        pending: the states [P, D] entering layer e that the adapter has not seen, sequence by sequence. verifies:
-        whether the target's other layers and its head go on to say what follows every node. Returns every sequence's
-        nodes; the states [R, D] of all of them that enter layer e, which the next draft writes over; and what follows
-        [R], with the seconds that took.
+        pending: the states [P, D] entering layer e that the adapter has not seen, sequence by sequence. Returns every
+        sequence's nodes, and the states [R, D] of all of them that enter layer e, which the next draft writes over.
+        Where taps are given, and none but e and L, the target's layers [e, L) and its head go on to say what follows
+        every node: returns also that [R], the seconds it took, and the tapped states [R, D].
         """
-        _, num_siblings, max_nodes = self._bounds
+        (exit_layer, num_layers), (_, num_siblings, max_nodes) = self._ends, self._bounds
+        tapped = frozenset(taps or ())
+        verifies = taps is not None and tapped.issubset(self._ends)
         num_rows = sum([max_nodes if num_siblings > 1 else min(max_nodes, start[6] + 1) for start in starts])
         num_pending = pending.shape[0]
         unseen = _address(pending, (num_pending, self._hidden_size)) if num_pending else 0
-        states = unseen, num_pending, self._room.reserve(num_rows), num_rows
+        leaving = torch.empty(num_rows, self._hidden_size) if verifies and num_layers in tapped else None
+        address = 0 if leaving is None else leaving.data_ptr()
+        states = unseen, num_pending, self._room.reserve(num_rows), address, num_rows
         at_target, at_adapter = (target[0], target[1].described), (adapter[0], adapter[1].described)
         nodes, following, time_s = self._plan.draft(at_target, at_adapter, starts, limits, states, verifies)
-        return nodes, self.states(0, sum(map(len, nodes[0]))), (following, time_s)
+        entering = self.states(0, sum(map(len, nodes[0])))
+        if not verifies:
+            return nodes, entering, None
+        states_of = {exit_layer: entering}
+        if leaving is not None:
+            states_of[num_layers] = leaving[: len(following)]
+        return nodes, entering, (following, time_s, states_of)
 
     def states(self, first: int, stop: int) -> Tensor:
         """These rows of the states of the last draft's nodes."""

@@ -181,8 +181,7 @@ class PackedTransformer(Transformer):
             adapter.kernels,
             bounds=bounds,
             embedding=self._ends[:2],
-            head=(head[0]._head, head[1]),
-            chooser=self._ends[2],
+            heads=[(head[0]._head, head[1]), (self._head, self.final_norm)],
         )
 
 

@@ -662,39 +662,43 @@ class Planned:
             self.adapter.stack,
             bounds=bounds,
             embedding=(parts.get("embedding", self.model.embedding), 1.0),
-            head=(head, noise(head.weight.num_inputs, seed=73)),
-            chooser=self.model.head.describe(self.model.norm, (0, 0, 0)),
+            heads=[(head, noise(head.weight.num_inputs, seed=73)), (self.model.head, self.model.norm)],
         )
         self.caches = [self.model.cache(), self.adapter.cache()]
 
     def draft(self, *, depth: int = 4, base: int = 0, root: int = 7, pending: torch.Tensor | None = None,
-              verifies: bool = False, tables: torch.Tensor | None = None) -> Any:  # fmt: skip
+              taps: Any = None, tables: torch.Tensor | None = None) -> Any:  # fmt: skip
         pending = torch.empty(0, 20) if pending is None else pending
         tables = self.model.tables if tables is None else tables
         start = 0, base, 0, base, root, pending.shape[0], depth, GREEDY_DRAW
         target, adapter = [(cache, cpu.Tables(tables)) for cache in self.caches]
-        return self.plan.draft(target, adapter, starts=[start], limits=NO_LIMITS, pending=pending, verifies=verifies)
+        return self.plan.draft(target, adapter, starts=[start], limits=NO_LIMITS, pending=pending, taps=taps)
 
 
+@pytest.mark.parametrize("taps", [(), (1,), (2,), (1, 2)])
 @pytest.mark.parametrize("depth", [1, 4, 7])
-def test_a_draft_is_verified_in_its_own_call_as_by_a_pass_of_its_own(depth: int) -> None:
-    (nodes, states, (following, time_s)), small = Planned().draft(depth=depth, verifies=True), SmallModel()
+def test_a_draft_is_verified_in_its_own_call_as_by_a_pass_of_its_own(depth: int, taps: tuple[int, ...]) -> None:
+    nodes, states, (following, time_s, tapped) = Planned().draft(depth=depth, taps=taps)
+    small = SmallModel()
     (tokens,), (parents,), (confidences,) = nodes
     assert tokens[0] == 7
     assert parents == list(range(-1, depth))
     assert len(tokens) == len(confidences) == depth + 1
-    expected, inner = small.decide(tokens, (0, 0, depth + 1, None, 0), taps=(1,))
+    expected, inner = small.decide(tokens, (0, 0, depth + 1, None, 0), taps=(1, 2))
     assert torch.equal(states, inner[1])
     assert following == expected
+    for layer in taps:
+        assert torch.equal(tapped[layer], inner[layer])
     assert time_s > 0
 
 
-def test_a_draft_that_is_not_to_be_verified_is_the_same_and_says_nothing() -> None:
-    nodes, states, (following, _) = Planned().draft()
-    expected, others, _ = Planned().draft(verifies=True)
-    assert nodes[:2] == expected[:2]
+@pytest.mark.parametrize("taps", [None, (0,), (1, 3)])
+def test_a_draft_whose_verification_needs_more_is_left_as_it_is(taps: tuple[int, ...] | None) -> None:
+    nodes, states, verified = Planned().draft(taps=taps)
+    expected, others, _ = Planned().draft(taps=())
+    assert nodes == expected
     assert torch.equal(states, others)
-    assert following == []
+    assert verified is None
 
 
 def test_states_of_a_draft_lie_where_the_next_one_writes() -> None:

@@ -492,10 +492,11 @@ class Drafting {
   // Have the target's other layers and its head judge the drafts.
   void verify_with(const HeadPass& chooser) { chooser_ = chooser; }
 
-  // states: room for those of every node, written tree by tree.
-  void run(float* states, Team& team) {
+  // Room for the states of every node, written tree by tree: those entering the deep layers, and those leaving them,
+  // null where these are not wanted.
+  void run(float* entering, float* leaving, Team& team) {
     draft(team);
-    if (team.thread == 0) finish(states);
+    if (team.thread == 0) finish(entering, leaving);
     if (!chooser_) return;
     team.meet();
     active_kernels->run_span(deep_, team);
@@ -528,8 +529,8 @@ class Drafting {
   }
 
   // Hand over the states, and point the deep pass at all nodes of every tree.
-  void finish(float* states) {
-    float* to = states;
+  void finish(float* entering, float* leaving) {
+    float* to = entering;
     for (const Tree& tree : trees) to = std::copy(tree.states.begin(), tree.states.end(), to);
     drafted = std::chrono::steady_clock::now();
     if (!chooser_) return;
@@ -541,8 +542,8 @@ class Drafting {
       add_rows(deep_, {tree.slot, tree.base, count, tree.parents_of(count), 0}, std::get<2>(tables));
     }
     deep_.num_rows = chooser_->num_rows = deep_.rows.size();
-    deep_.hidden = states;
-    deep_.out = workspace().take_states(deep_.num_rows, size_);
+    deep_.hidden = entering;
+    deep_.out = leaving ? leaving : workspace().take_states(deep_.num_rows, size_);
     chooser_->hidden = deep_.out;
     choices.resize(deep_.num_rows);
     chooser_->argmax = choices.data();
@@ -772,14 +773,14 @@ class DraftPlan {
   }
 
   // limits: threshold, prices of a branch and of a chain. states: address of those [P, D] the adapter has not seen, and
-  // P; address of room for those of every node that leave the exit layer, written sequence by sequence, and how many
-  // rows that room has. Returns the nodes of every sequence, and, where the drafts are to be verified, what follows
+  // P; addresses of room for those of every node, written sequence by sequence: those entering the exit layer, and
+  // those leaving the last one, 0 where these are not wanted; and how many rows that room has. Returns the nodes of every sequence, and, where the drafts are to be verified, what follows
   // each node of all of them, with the seconds that took.
   std::tuple<Nodes, std::vector<int64_t>, double> draft(
       std::pair<const Cache&, Tables> target, std::pair<const Cache&, Tables> adapter, const std::vector<Start>& starts,
-      std::tuple<float, double, double> limits, std::tuple<uintptr_t, size_t, uintptr_t, size_t> states,
-      bool verifies) const {
-    const auto& [pending, num_unseen, room, num_rows] = states;
+      std::tuple<float, double, double> limits,
+      std::tuple<uintptr_t, size_t, uintptr_t, uintptr_t, size_t> states, bool verifies) const {
+    const auto& [pending, num_unseen, entering, leaving, num_rows] = states;
     const Growth growth{num_siblings_, max_nodes_, std::get<0>(limits), std::get<1>(limits), std::get<2>(limits)};
     const Place place{target_, target.first, target.second}, adapter_place{adapter_, adapter.first, adapter.second};
     Drafting drafting(place, adapter_place, exit_layer_, growth, *embedding_, embedding_scale_,
@@ -807,7 +808,7 @@ class DraftPlan {
       nb::gil_scoped_release released;
       std::lock_guard<std::mutex> lock(pass_mutex);
       drafting.start(at<const float>(pending));
-      Pool::instance().run([&](Team& team) { drafting.run(at<float>(room), team); });
+      Pool::instance().run([&](Team& team) { drafting.run(at<float>(entering), at<float>(leaving), team); });
     }
     const std::chrono::duration<double> verify_time = std::chrono::steady_clock::now() - drafting.drafted;
     Nodes nodes;
