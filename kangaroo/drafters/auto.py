@@ -224,7 +224,7 @@ class AutoDrafter:
         is_steady = all(index in memory.known and not memory.untold[index] for memory in memories)
         self._catch_up(index, asking)
         draft = self._models[index].draft(self._narrow(batch, offers, asking=asking))
-        draft_s = time.perf_counter() - started_s
+        draft_s = time.perf_counter() - started_s - (draft.verified.time_s if draft.verified else 0.0)
         self._asked_s += draft_s
         for row, (sequence, memory, count) in enumerate(zip(asking, memories, draft.num_nodes, strict=True)):
             memory.asked = _Asked(index, offers[sequence].rate, count, draft_s / len(asking), is_steady)
@@ -236,7 +236,9 @@ class AutoDrafter:
         """The batch of those who ask, at the price of a node where they have these offers already."""
         price = min(1.0, self._costs[1] * min([offers[sequence].rate for sequence in asking]))
         # One price for all nodes, or trees would lose their likeliest and keep its siblings.
-        return Batch(batch.target, batch.cache, asking, Prices(price, price if batch.prices.chain else 0.0))
+        prices = Prices(price, price if batch.prices.chain else 0.0)
+        # Of several sequences, others may take drafts from elsewhere.
+        return Batch(batch.target, batch.cache, asking, prices, batch.taps if len(batch.sequences) == 1 else None)
 
     def _tell(self, index: int, sequences: SequenceOf[Sequence], *, outcome: Outcome) -> None:
         """Tell a source with a model what was committed; where it was not asked, only once that is needed or much."""

@@ -173,29 +173,6 @@ class Stack:
         return ids, tapped
 
 
-class _Room:
-    """Memory for states [R, D] that is written anew by every call, with views that are made once for every place."""
-
-    def __init__(self, hidden_size: int) -> None:
-        self._states = torch.empty(0, hidden_size)
-        self._views: dict[tuple[int, int], Tensor] = {}
-        self._num_rows = self._address = 0
-
-    def reserve(self, num_rows: int) -> int:
-        """The address of so many rows; it is that of earlier ones until more are asked for than ever before."""
-        if num_rows > self._num_rows:
-            self._states, self._views = torch.empty(num_rows, self._states.shape[1]), {}
-            self._num_rows, self._address = num_rows, self._states.data_ptr()
-        return self._address
-
-    def view(self, first: int, stop: int) -> Tensor:
-        """Some rows of what was reserved."""
-        view = self._views.get((first, stop))
-        if view is None:
-            view = self._views[first, stop] = self._states[first:stop]
-        return view
-
-
 class Head:
     """A packed head: norm, product, soft cap and argmax in one call."""
 
@@ -246,7 +223,10 @@ class DraftPlan:
         """
         self._bounds, self._hidden_size = bounds, target.hidden_size
         self._ends = bounds[0], target.num_layers
-        self._room = _Room(target.hidden_size)
+        # Memory for states [R, D] that every draft writes anew, with views that are made once for every place.
+        self._states = torch.empty(0, target.hidden_size)
+        self._views: dict[tuple[int, int], Tensor] = {}
+        self._num_rows = self._address = 0
         # The norms' addresses are good for as long as they live.
         self._heads = heads
         guesser, chooser = [head.describe(norm, (0, 0, 0)) for head, norm in heads]
@@ -272,7 +252,7 @@ class DraftPlan:
         unseen = _address(pending, (num_pending, self._hidden_size)) if num_pending else 0
         leaving = torch.empty(num_rows, self._hidden_size) if verifies and num_layers in tapped else None
         address = 0 if leaving is None else leaving.data_ptr()
-        states = unseen, num_pending, self._room.reserve(num_rows), address, num_rows
+        states = unseen, num_pending, self._reserve(num_rows), address, num_rows
         at_target, at_adapter = (target[0], target[1].described), (adapter[0], adapter[1].described)
         nodes, following, time_s = self._plan.draft(at_target, at_adapter, starts, limits, states, verifies)
         entering = self.states(0, sum(map(len, nodes[0])))
@@ -285,7 +265,17 @@ class DraftPlan:
 
     def states(self, first: int, stop: int) -> Tensor:
         """These rows of the states of the last draft's nodes."""
-        return self._room.view(first, stop)
+        view = self._views.get((first, stop))
+        if view is None:
+            view = self._views[first, stop] = self._states[first:stop]
+        return view
+
+    def _reserve(self, num_rows: int) -> int:
+        """The address of so many rows; it is that of earlier ones until more are asked for than ever before."""
+        if num_rows > self._num_rows:
+            self._states, self._views = torch.empty(num_rows, self._hidden_size), {}
+            self._num_rows, self._address = num_rows, self._states.data_ptr()
+        return self._address
 
 
 def _addresses(taps: Mapping[int, Tensor]) -> list[tuple[int, int]]:

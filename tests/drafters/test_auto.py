@@ -1,6 +1,7 @@
 """Of several drafters the one whose draft promises most is taken, for every text on its own."""
 
 from collections.abc import Mapping, Sequence
+from dataclasses import astuple, replace
 from typing import Any
 
 import pytest
@@ -19,9 +20,9 @@ from kangaroo.drafters.tree import Branching
 from kangaroo.engine.step import prefill, verify_draft
 from kangaroo.model import packed
 from kangaroo.model.cache import CachedPass, Segment
-from kangaroo.types import Draft, Outcome, Request, SamplingParams
+from kangaroo.types import Draft, Outcome, Request, SamplingParams, Verified
 from tests.engine.scripts import ScriptedDrafter
-from tests.lossless import PROMPTS, decode
+from tests.lossless import PROMPTS, assert_lossless, decode
 from tests.tiny import chain_parents, tame_transformer
 
 EXIT_LAYER = 2
@@ -83,6 +84,19 @@ class Source:
         return [RIGHT] * (earns - 1) + [100 + self.number] if earns else []
 
 
+class Eager(Source):
+    """Has the target read what it drafts where it may."""
+
+    def draft(self, batch: Batch) -> Draft:
+        draft = super().draft(batch)
+        if batch.taps is None:
+            return draft
+        num_rows = sum(draft.num_nodes)
+        time_s = STEP_S + ROW_S * num_rows
+        self._clock.now_s += time_s
+        return replace(draft, verified=Verified([RIGHT] * num_rows, time_s, {}))
+
+
 class Lookup(Source):
     """Costs nothing, and always drafts ten guesses."""
 
@@ -111,16 +125,49 @@ def take_steps(
 ) -> list[list[int]]:
     """The last token of what was drafted for each sequence in every step, its root's where that was nothing."""
     # Sources that resume at layer 0 need neither target nor cache.
-    batch = Batch(None, None, sequences)  # type: ignore[arg-type]
+    batch = Batch(None, None, sequences, taps=drafter.taps)  # type: ignore[arg-type]
     ends = []
     for _ in range(num_steps):
         draft = drafter.draft(batch)
         ends.append([row[-1] for row in draft.tokens])
-        clock.now_s += STEP_S + ROW_S * sum(draft.num_nodes)
+        if draft.verified is None:
+            clock.now_s += STEP_S + ROW_S * sum(draft.num_nodes)
         tokens = tuple((RIGHT,) * (1 + row.count(RIGHT)) for row in map(list, draft.tokens))
         taps = tuple({layer: torch.zeros(len(row), 1) for layer in drafter.taps} for row in tokens)
         drafter.accept(sequences, Outcome(((0,),) * len(sequences), tokens, taps))
     return ends
+
+
+@pytest.mark.parametrize("num_sequences", [1, 2])
+def test_what_verifying_in_a_drafts_own_call_takes_is_not_held_against_it(clock: Clock, num_sequences: int) -> None:
+    ends, learnt = [], []
+    for kind in (Source, Eager):
+        clock.now_s = 0.0
+        models = [kind(1, clock, 3, 1.0), Source(2, clock, 2, 0.2)]
+        drafter, sequences = begin([Lookup(clock, 1)], models, num_sequences)
+        ends.append(take_steps(clock, drafter, sequences, num_steps=60))
+        learnt.append([value for one in drafter._earnings for value in astuple(one)])
+    assert ends[0] == ends[1]
+    assert learnt[0] == pytest.approx(learnt[1])
+
+
+def test_a_single_sequences_draft_is_verified_in_its_own_call_and_several_ones_are_not() -> None:
+    loose, verified = tame_transformer("llama", EXIT_LAYER), []
+    target = packed.pack(loose)
+    adapter = Adapter.initialize(loose, EXIT_LAYER).pack(target)
+    for prompts in (PROMPTS[:1], PROMPTS):
+        drafter = AutoDrafter([], [KangarooDrafter(target, adapter, stopping=FixedLength(3))])
+        drafts: list[Draft] = []
+
+        def draft(batch: Batch, inner: Any = drafter.draft, drafts: list[Draft] = drafts) -> Draft:
+            drafts.append(inner(batch))
+            return drafts[-1]
+
+        drafter.draft = draft  # type: ignore[method-assign]
+        assert_lossless(target, drafter, SamplingParams(24, seed=0), prompts=prompts)
+        verified.append([one.verified is not None for one in drafts if len(one.parents) == len(prompts)])
+    assert any(verified[0])
+    assert not any(verified[1])
 
 
 @pytest.mark.parametrize(
