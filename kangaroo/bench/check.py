@@ -186,6 +186,7 @@ class _WatchedRun:
             batch = replace(batch, taps=(*batch.taps, self._target.num_layers))
         draft = self._drafter.draft(batch)
         if draft.verified is not None:
+            # Such a draft does not come by the watched target.
             self._chosen_from = draft.verified.taps[self._target.num_layers]
         self._draft_depth = max(depths_of(draft.parents[0]))
         return draft

@@ -116,7 +116,7 @@ class KangarooDrafter:
         """Make room in the adapter's own cache; one without attention never fills it."""
         room = num_slots if self._attends else MAX_NODES
         self._cache.reserve(1 + max(sequence.slot for sequence in sequences), room)
-        if len(self._memory) == 1:
+        if self._plan is not None and len(self._memory) == 1:
             # It may now wait while others draft.
             (alone,) = self._memory.values()
             alone.pending = [states.clone() for states in alone.pending]
@@ -190,12 +190,12 @@ class KangarooDrafter:
         self, memory: _Memory, path: SequenceOf[int], *, taps: Mapping[int, Tensor], num_kept: int
     ) -> Tensor:
         """The states of an accepted path behind its first nodes, which stay what they are until the next draft."""
-        if len(self._memory) > 1:
+        if self._plan is not None and len(self._memory) > 1:
             # Others may draft before this one does, and their states are written where these lie.
             return taps[self.exit_layer][num_kept:].clone()
         if self._plan is None or memory.draw is None or not memory.num_drafted or path[-1] >= len(path):
             return taps[self.exit_layer][num_kept:]
-        # From where a chain was drafted they come without a tensor operation.
+        # A chain drafted alone: without a tensor operation they come from where they were drafted, its root first.
         return self._plan.states(num_kept, len(path))
 
     def _run_shallow(self, batch: Batch, growths: SequenceOf[_Growth], *, tokens: Tensor) -> None:
@@ -265,12 +265,12 @@ class KangarooDrafter:
     def _draft_in_one_call(self, batch: Batch, most: SequenceOf[int]) -> Draft:
         """The same trees, at most so deep, on packed weights, without returning to Python between levels."""
         assert self._plan is not None, "packed weights only"
-        starts, pending, is_greedy = [], [], True
+        starts, pending, takes_argmax = [], [], True
         for sequence, depth in zip(batch.sequences, most, strict=True):
             memory, slot = self._memory[sequence], sequence.slot
             states = self._shorten(sequence, FEED_ROWS) if depth else self._nothing
             pending.append(states)
-            is_greedy = is_greedy and not sequence.needs_logits
+            takes_argmax = takes_argmax and not sequence.needs_logits
             starts.append((slot, batch.cache.lengths[slot], slot, self._cache.lengths[slot], sequence.tokens[-1],
                            states.shape[0], depth, memory.draw or NO_DRAW))  # fmt: skip
         (tokens, parents, confidence), states, verified = self._plan.draft(
@@ -279,7 +279,7 @@ class KangarooDrafter:
             starts=starts,
             limits=(self._stopping.threshold, *batch.prices),
             pending=pending[0] if len(pending) == 1 else torch.cat(pending),
-            taps=batch.taps if is_greedy else None,
+            taps=batch.taps if takes_argmax else None,
         )
         for sequence, start, shape in zip(batch.sequences, starts, parents, strict=True):
             memory = self._memory[sequence]

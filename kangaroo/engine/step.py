@@ -1,5 +1,7 @@
 """The loop of every method: draft, verify in one pass, choose along the walk, keep.
 
+A drafter may have made that pass already, in the call that drafted (types.Draft.verified).
+
 Shapes: B sequences, N draft nodes (padded), R packed nodes of all sequences, D hidden size, V vocabulary.
 """
 
@@ -61,7 +63,10 @@ def prefill(batch: Batch, drafter: Drafter, *, num_rows: SequenceOf[int]) -> Out
 
 
 def verify_draft(batch: Batch, drafter: Drafter, *, draft: Draft) -> Outcome:
-    """Verify a draft's nodes in one pass, and commit the accepted branches; a sequence that errs emits nothing."""
+    """Verify a draft's nodes in one pass unless they have been, and commit the accepted branches.
+
+    A sequence that errs emits nothing.
+    """
     choices = _Choices(batch.sequences, draft.num_nodes)
     taps = _read(batch, draft, choices=choices, taps=drafter.taps)
     all_tokens = draft.tokens.tolist() if isinstance(draft.tokens, Tensor) else draft.tokens

@@ -211,7 +211,10 @@ class Head:
 
 
 class DraftPlan:
-    """What stays the same from one draft to the next: layers [0, e) of a target, an adapter's one layer, and heads."""
+    """What stays the same from one draft to the next.
+
+    Layers [0, e) of a target, an adapter's one layer and a head draft; layers [e, L) and the target's head may verify.
+    """
 
     def __init__(
         self, target: Stack, adapter: Stack, *, bounds: tuple[int, int, int], embedding: tuple[Weight, float],

@@ -172,7 +172,7 @@ class PackedTransformer(Transformer):
     def plan_drafts(
         self, adapter: PackedStack, bounds: tuple[int, int, int], *, head: tuple["PackedTransformer", Tensor]
     ) -> cpu.DraftPlan:
-        """Drafts with layers [0, e) and an adapter, as cpu.DraftPlan says.
+        """Drafts with layers [0, e) and an adapter, verified by the others, as cpu.DraftPlan says.
 
         bounds: e, siblings a node may have, most nodes; head: the model whose head guesses, and the norm [D] before it.
         """

@@ -19,7 +19,7 @@ from kangaroo.drafters.stopping import FixedLength
 from kangaroo.errors import PromptError
 from kangaroo.kernels import cpu
 from kangaroo.model.checkpoint import LoadedModel
-from kangaroo.model.packed import pack
+from kangaroo.model.packed import PackedTransformer, pack
 from kangaroo.model.tokenizer import Tokenizer
 from kangaroo.model.transformer import Transformer
 from kangaroo.sampling import gumbel_noise
@@ -41,6 +41,8 @@ def checker(*, storage: str | None, gamma: int = 3) -> Checker:
     plain = tame_transformer("llama", 2)
     target = plain if storage is None else pack(plain, storage)
     adapter = Adapter.initialize(plain, 2)
+    if isinstance(target, PackedTransformer):
+        adapter = adapter.pack(target)
     return Checker(loaded(target), KangarooDrafter(target, adapter, stopping=FixedLength(gamma)))
 
 

@@ -156,17 +156,18 @@ def test_a_single_sequences_draft_is_verified_in_its_own_call_and_several_ones_a
     target = packed.pack(loose)
     adapter = Adapter.initialize(loose, EXIT_LAYER).pack(target)
     for prompts in (PROMPTS[:1], PROMPTS):
-        drafter = AutoDrafter([], [KangarooDrafter(target, adapter, stopping=FixedLength(3))])
-        drafts: list[Draft] = []
+        model = KangarooDrafter(target, adapter, stopping=FixedLength(3))
+        drafts: list[tuple[int, Draft]] = []
 
-        def draft(batch: Batch, inner: Any = drafter.draft, drafts: list[Draft] = drafts) -> Draft:
-            drafts.append(inner(batch))
-            return drafts[-1]
+        def draft(batch: Batch, model: KangarooDrafter = model, drafts: list[tuple[int, Draft]] = drafts) -> Draft:
+            drafts.append((len(model._memory), KangarooDrafter.draft(model, batch)))
+            return drafts[-1][1]
 
-        drafter.draft = draft  # type: ignore[method-assign]
-        assert_lossless(target, drafter, SamplingParams(24, seed=0), prompts=prompts)
-        verified.append([one.verified is not None for one in drafts if len(one.parents) == len(prompts)])
+        model.draft = draft  # type: ignore[method-assign]
+        assert_lossless(target, AutoDrafter([], [model]), SamplingParams(24, seed=0), prompts=prompts)
+        verified.append([one.verified is not None for num_texts, one in drafts if num_texts == len(prompts)])
     assert any(verified[0])
+    assert verified[1]
     assert not any(verified[1])
 
 

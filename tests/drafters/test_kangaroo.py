@@ -642,7 +642,8 @@ def test_a_gate_is_told_what_enters_the_head_though_the_draft_is_verified_in_its
         closed.append([max(draft.num_nodes) == 1 for draft in probing.drafts])
     assert texts[0] == texts[1]
     assert closed[0] == closed[1]
-    assert set(closed[0]) == {True, False}
+    # The last step has no room for a draft.
+    assert set(closed[0][:-1]) == {True, False}
 
 
 def test_verifying_in_the_drafts_own_call_counts_as_verification(monkeypatch: pytest.MonkeyPatch) -> None:

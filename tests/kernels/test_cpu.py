@@ -693,7 +693,7 @@ def test_a_draft_is_verified_in_its_own_call_as_by_a_pass_of_its_own(depth: int,
 
 
 @pytest.mark.parametrize("taps", [None, (0,), (1, 3)])
-def test_a_draft_whose_verification_needs_more_is_left_as_it_is(taps: tuple[int, ...] | None) -> None:
+def test_a_draft_is_left_unverified_where_that_is_not_wanted_or_needs_more(taps: tuple[int, ...] | None) -> None:
     nodes, states, verified = Planned().draft(taps=taps)
     expected, others, _ = Planned().draft(taps=())
     assert nodes == expected
@@ -713,7 +713,7 @@ def test_states_of_a_draft_lie_where_the_next_one_writes() -> None:
 
 @pytest.mark.parametrize(
     ("bounds", "match"),
-    [((0, 1, 8), "behind one of its layers"), ((2, 1, 8), "behind one of its layers"), ((1, 0, 8), "room for guesses"),
+    [((0, 1, 8), "behind an inner layer"), ((2, 1, 8), "behind an inner layer"), ((1, 0, 8), "room for guesses"),
      ((1, 1, 1), "room for guesses")],
 )  # fmt: skip
 def test_plans_that_cannot_be_are_refused(bounds: tuple[int, int, int], match: str) -> None:

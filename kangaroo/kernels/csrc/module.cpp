@@ -471,7 +471,7 @@ class Lottery {
 };
 
 // Trees drafted in one call: embed, layers [0, exit_layer) of the target, the adapter's one layer, norm, head,
-// best guesses, level by level for all sequences at once.
+// best guesses, level by level for all sequences at once; and verified there, by the target's other layers and head.
 class Drafting {
  public:
   Drafting(const Place& target, const Place& adapter, size_t exit_layer, const Growth& growth, const Weight& embedding,
@@ -768,14 +768,15 @@ class DraftPlan {
     require(!embedding_->paired, "an embedding is no paired weight");
     require(num_rows_of(*std::get<0>(head)) <= num_rows_of(*embedding_), "every token must have an embedding");
     require(adapter.layers.size() == 1, "a draft needs an adapter of one layer");
-    require(exit_layer_ > 0 && exit_layer_ < target.layers.size(), "a draft leaves the target behind one of its layers");
+    require(exit_layer_ > 0 && exit_layer_ < target.layers.size(), "a draft leaves the target behind an inner layer");
     require(num_siblings_ > 0 && max_nodes_ > 1, "a draft needs room for guesses");
   }
 
   // limits: threshold, prices of a branch and of a chain. states: address of those [P, D] the adapter has not seen, and
   // P; addresses of room for those of every node, written sequence by sequence: those entering the exit layer, and
-  // those leaving the last one, 0 where these are not wanted; and how many rows that room has. Returns the nodes of every sequence, and, where the drafts are to be verified, what follows
-  // each node of all of them, with the seconds that took.
+  // those leaving the last one, 0 where these are not wanted; and how many rows that room has. Returns the nodes of
+  // every sequence, and, where the drafts are to be verified, what follows each node of all of them, with the seconds
+  // that took.
   std::tuple<Nodes, std::vector<int64_t>, double> draft(
       std::pair<const Cache&, Tables> target, std::pair<const Cache&, Tables> adapter, const std::vector<Start>& starts,
       std::tuple<float, double, double> limits,
