@@ -167,7 +167,8 @@ class _WatchedRun:
 
     @property
     def taps(self) -> tuple[int, ...]:
-        return self._drafter.taps
+        """The drafter's, and what enters the head."""
+        return tuple(sorted({*self._drafter.taps, self._target.num_layers}))
 
     def decode(self, prompt_ids: Sequence[int], params: SamplingParams) -> Completion:
         self.passes = []
@@ -182,8 +183,6 @@ class _WatchedRun:
         self._drafter.begin(sequences, num_slots=num_slots)
 
     def draft(self, batch: Batch) -> Draft:
-        if batch.taps is not None:
-            batch = replace(batch, taps=(*batch.taps, self._target.num_layers))
         draft = self._drafter.draft(batch)
         if draft.verified is not None:
             # Such a draft does not come by the watched target.
@@ -216,7 +215,7 @@ class _WatchedRun:
 
         def decide(entering: Tensor | list[int], span: tuple[int, int], *, attention: AttentionPass,
                    taps: Sequence[int] = ()) -> tuple[list[int], dict[int, Tensor]]:  # fmt: skip
-            ids, tapped = target.decide(entering, span, attention=attention, taps=(*taps, span[1]))
+            ids, tapped = target.decide(entering, span, attention=attention, taps=taps)
             self._chosen_from = tapped[span[1]]
             return ids, tapped
 
