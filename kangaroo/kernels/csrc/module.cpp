@@ -296,6 +296,19 @@ void run(const Stack& stack, const Cache& cache, std::pair<size_t, size_t> span,
   Pool::instance().run([&](Team& team) { active_kernels->run_span(pass, team); });
 }
 
+// Prepare a pass and a head that chooses behind all its rows, into ids; leaving: room for the states between them, null
+// for scratch memory.
+void prepare_choosing(Pass& pass, HeadPass& head, float* leaving, std::vector<int64_t>& ids) {
+  pass.out = leaving ? leaving : workspace().take_states(pass.num_rows, pass.shape->hidden_size);
+  head.hidden = pass.out;
+  head.num_rows = pass.num_rows;
+  ids.resize(pass.num_rows);
+  head.argmax = ids.data();
+  const size_t num_threads = Pool::instance().num_threads();
+  workspace().prepare(pass, num_threads);
+  workspace().prepare(head, num_threads);
+}
+
 // What enters a pass: the address of states [R, D] or 0, R, and then the rows of an embedding, times its scale.
 using Entering = std::tuple<uintptr_t, size_t, const Weight&, float, std::vector<size_t>>;
 
@@ -312,19 +325,15 @@ std::vector<int64_t> decide(const Stack& stack, const Cache& cache, std::pair<si
     require(tokens.size() == pass.num_rows && embedding.num_inputs == size, "every row needs a token to embed");
     check_rows(embedding, tokens);
   }
-  std::vector<int64_t> ids(pass.num_rows);
+  std::vector<int64_t> ids;
   HeadPass head_pass = make_head_pass(head, pass.num_rows, nullptr);
   require(head_pass.head->num_inputs == size, kOneHiddenSize);
-  head_pass.argmax = ids.data();
   nb::gil_scoped_release released;
   std::lock_guard<std::mutex> lock(pass_mutex);
   workspace().reset();
-  pass.out = workspace().take_states(pass.num_rows, size);
-  head_pass.hidden = pass.out;
   float* embedded = address ? nullptr : workspace().take_states(pass.num_rows, size);
   pass.hidden = address ? at<const float>(address) : embedded;
-  workspace().prepare(pass, Pool::instance().num_threads());
-  workspace().prepare(head_pass, Pool::instance().num_threads());
+  prepare_choosing(pass, head_pass, nullptr, ids);
   Pool::instance().run([&](Team& team) {
     if (embedded) {
       if (team.thread == 0) embed(embedding, scale, tokens, embedded);
@@ -541,15 +550,9 @@ class Drafting {
       const size_t count = tree.num_nodes();
       add_rows(deep_, {tree.slot, tree.base, count, tree.parents_of(count), 0}, std::get<2>(tables));
     }
-    deep_.num_rows = chooser_->num_rows = deep_.rows.size();
+    deep_.num_rows = deep_.rows.size();
     deep_.hidden = entering;
-    deep_.out = leaving ? leaving : workspace().take_states(deep_.num_rows, size_);
-    chooser_->hidden = deep_.out;
-    choices.resize(deep_.num_rows);
-    chooser_->argmax = choices.data();
-    const size_t num_threads = Pool::instance().num_threads();
-    workspace().prepare(deep_, num_threads);
-    workspace().prepare(*chooser_, num_threads);
+    prepare_choosing(deep_, *chooser_, leaving, choices);
   }
 
   // Point the shallow pass at the newest level of every tree.
